@@ -1,0 +1,133 @@
+"""Which implementation of an op runs.
+
+A backend is a module of this package with
+
+    NAME                     "cpu", "triton", "cuda"
+    DEVICES                  the device types whose tensors it takes when chosen automatically, in a set
+    unavailable()            why it cannot run on this machine, or None
+    IMPLEMENTATIONS          op name -> function with the op's arguments
+    refuses(op, tensor)      why it cannot take this tensor (its dtype, its device), or None
+    prefers(op, args)        False where the definition was measured to be faster than this backend
+
+`reference` is the definition of each op, in fssa_fast/ops. The environment variable FSSA_BACKEND, or `use_backend`
+for a block of code, chooses one by name: it then runs or raises BackendError. Left to itself ("auto") the registry takes
+the first backend of the tensor's device that takes the call, or else the definition, and logs once why.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import lru_cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger("fssa_fast")
+
+ORDER = ("cuda", "triton", "cpu")
+NAMES = ("auto", "reference", *ORDER)
+
+_references: dict[str, Callable[..., Any]] = {}
+
+
+class BackendError(RuntimeError):
+    """A backend that was asked for by name cannot run."""
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in NAMES:
+        raise BackendError(f"{source}: expected one of {', '.join(NAMES)}, got {name!r}")
+    return name
+
+
+_chosen: ContextVar[str | None] = ContextVar("fssa_backend", default=None)
+
+
+def chosen_backend() -> str:
+    """The backend asked for: by `use_backend`, else by FSSA_BACKEND, else "auto"."""
+    return _chosen.get() or _checked(os.environ.get("FSSA_BACKEND", "auto"), "FSSA_BACKEND")
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Runs the ops called in this block, and in this thread, with the backend of that name."""
+    token = _chosen.set(_checked(name, "name"))
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+@lru_cache(maxsize=None)
+def load_backend(name: str) -> tuple[ModuleType | None, str | None]:
+    """The backend's module and None, or None and why it is unavailable on this machine."""
+    try:
+        module = importlib.import_module(f"fssa_fast.backends.{name}")
+    except ImportError as error:
+        return None, str(error)
+    reason = module.unavailable()
+    return (None, reason) if reason else (module, None)
+
+
+@lru_cache(maxsize=None)
+def _say_once(message: str) -> None:
+    logger.warning(message)
+
+
+def _first_tensor(args: Sequence[Any]) -> Tensor:
+    first = args[0]
+    return first if isinstance(first, Tensor) else first[0]
+
+
+def _named(op: str, tensor: Tensor, name: str) -> Callable[..., Any]:
+    module, reason = load_backend(name)
+    if module is not None:
+        reason = module.refuses(op, tensor)
+        if reason is None:
+            return module.IMPLEMENTATIONS[op]
+    raise BackendError(f"backend {name!r} was asked for but cannot run {op}: {reason}")
+
+
+def _automatic(op: str, args: Sequence[Any]) -> Callable[..., Any]:
+    tensor = _first_tensor(args)
+    reasons = []
+    for name in ORDER:
+        module, reason = load_backend(name)
+        if module is None:
+            if tensor.device.type in DEVICES_OF[name]:
+                reasons.append(f"{name}: {reason}")
+            continue
+        if tensor.device.type not in module.DEVICES or op not in module.IMPLEMENTATIONS:
+            continue
+        reason = module.refuses(op, tensor)
+        if reason is None:
+            return module.IMPLEMENTATIONS[op] if module.prefers(op, args) else _references[op]
+        reasons.append(f"{name}: {reason}")
+    if reasons:
+        _say_once(f"{op} runs by its plain PyTorch definition ({'; '.join(reasons)})")
+    return _references[op]
+
+
+DEVICES_OF = {"cuda": {"cuda"}, "triton": {"cuda"}, "cpu": {"cpu"}}
+
+
+def register_op(library: torch.library.Library, op: str, reference: Callable[..., Any]) -> None:
+    """Registers the op `fssa::<op>` with its definition; the backend is chosen at every call."""
+    _references[op] = reference
+
+    def run(*args: Any) -> Any:
+        name = chosen_backend()
+        if name == "auto":
+            return _automatic(op, args)(*args)
+        if name == "reference":
+            return reference(*args)
+        return _named(op, _first_tensor(args), name)(*args)
+
+    library.impl(op, run, "CompositeExplicitAutograd")

@@ -1,0 +1,324 @@
+"""context: from the choices of many users to their latents, and on to their rows of the bank.
+
+The encoder is that of arXiv 2412.13998, section 3.1 (method.md has it step by step): every choice is the joined
+embeddings of what was chosen and what was rejected; an inner encoder, a permutation-invariant pooling, an outer MLP.
+Users are ragged: their pairs are packed one after the other, and `offsets` says where each user begins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fssa_fast.backends import register_op
+from fssa_fast.ops._common import check_slot_range, check_tensor, library, needs_grad
+
+INNER = ("linear", "mlp")
+POOLING = ("self-attention", "mean", "sum")
+
+
+class ContextWeights(NamedTuple):
+    """The weights of a context encoder, as torch's Linear and MultiheadAttention hold them; None where not used."""
+
+    inner0: Tensor  # [H, 2E]
+    inner0_bias: Tensor  # [H]
+    inner1: Tensor | None  # [H, H], inner "mlp"
+    inner1_bias: Tensor | None  # [H]
+    qkv: Tensor | None  # [3H, H], pooling "self-attention"
+    qkv_bias: Tensor | None  # [3H]
+    out: Tensor | None  # [H, H]
+    out_bias: Tensor | None  # [H]
+    outer0: Tensor  # [H, H]
+    outer0_bias: Tensor  # [H]
+    outer1: Tensor  # [Z, H]: Z = H, or 2H where latents are sampled
+    outer1_bias: Tensor  # [Z]
+
+
+# ---------------------------------------------------------------- definition
+
+
+def _encode_user(
+    chosen: Tensor, rejected: Tensor, w: ContextWeights, inner: str, pooling: str, heads: int, dropout: float
+) -> Tensor:
+    """One user's K choices, chosen [K, E] and rejected [K, E], to the outer encoder's output [Z]."""
+    h = F.linear(torch.cat([chosen, rejected], -1), w.inner0, w.inner0_bias)
+    if inner == "mlp":
+        h = F.linear(h.relu(), w.inner1, w.inner1_bias)
+    count, width = h.shape
+    if count == 0:
+        pooled = h.new_zeros(width)
+    elif pooling == "sum":
+        pooled = h.sum(0)
+    elif pooling == "mean":
+        pooled = h.mean(0)
+    else:
+        q, k, v = F.linear(h, w.qkv, w.qkv_bias).view(count, 3, heads, width // heads).permute(1, 2, 0, 3)
+        attention = torch.softmax(q @ k.mT * (width // heads) ** -0.5, -1)
+        attended = (F.dropout(attention, dropout) @ v).transpose(0, 1).reshape(count, width)
+        pooled = F.linear(attended, w.out, w.out_bias).sum(0)
+    return F.linear(F.linear(pooled, w.outer0, w.outer0_bias).relu(), w.outer1, w.outer1_bias)
+
+
+def context_reference(
+    pairs: Tensor,
+    choices: Tensor,
+    offsets: Tensor,
+    weights: Sequence[Tensor | None],
+    inner: str,
+    pooling: str,
+    heads: int,
+    dropout: float = 0.0,
+) -> Tensor:
+    """The definition: each user by itself, in plain PyTorch. `dropout` on the attention is for training only."""
+    w = ContextWeights(*weights)
+    check_choices(choices)
+    which = choices.long().view(-1, 1, 1).expand(-1, 1, pairs.shape[-1])
+    chosen, rejected = pairs.gather(1, which).squeeze(1), pairs.gather(1, 1 - which).squeeze(1)
+    spans = offsets.tolist()
+    check_offsets(spans, pairs.shape[0])
+    encoded = [
+        _encode_user(chosen[begin:end], rejected[begin:end], w, inner, pooling, heads, dropout)
+        for begin, end in zip(spans[:-1], spans[1:], strict=True)
+    ]
+    return torch.stack(encoded) if encoded else pairs.new_zeros(0, w.outer1.shape[0])
+
+
+def latent_of(encoded: Tensor, width: int, noise: Tensor | None = None) -> Tensor:
+    """The latent [U, H] of an encoder's output [U, Z]: itself, or with Z = 2H mean + softplus(s) * noise."""
+    if encoded.shape[-1] == width:
+        return encoded
+    mean, s = encoded.split(width, -1)
+    return mean if noise is None else mean + F.softplus(s) * noise
+
+
+def context_rows_reference_(
+    bank: Tensor,
+    slots: Tensor,
+    pairs: Tensor,
+    choices: Tensor,
+    offsets: Tensor,
+    weights: Sequence[Tensor | None],
+    modulation: Tensor,
+    modulation_bias: Tensor,
+    noise: Tensor | None,
+    inner: str,
+    pooling: str,
+    heads: int,
+) -> Tensor:
+    """The definition of `context_rows_`."""
+    check_slot_range(slots, bank.shape[0])
+    encoded = context_reference(pairs, choices, offsets, weights, inner, pooling, heads)
+    latents = latent_of(encoded, modulation.shape[1], noise)
+    bank[slots.long()] = F.linear(latents, modulation, modulation_bias).to(bank.dtype)
+    return latents
+
+
+def context_backward_reference(
+    grad: Tensor,
+    pairs: Tensor,
+    choices: Tensor,
+    offsets: Tensor,
+    weights: Sequence[Tensor | None],
+    inner: str,
+    pooling: str,
+    heads: int,
+) -> tuple[Tensor, list[Tensor]]:
+    """Gradients of `context` by pairs and by the weights that are not None, in order, by autograd."""
+    leaves = [w if w is None else w.detach().requires_grad_() for w in weights]
+    points = pairs.detach().requires_grad_()
+    with torch.enable_grad():
+        encoded = context_reference(points, choices, offsets, leaves, inner, pooling, heads)
+    inputs = [points, *(w for w in leaves if w is not None)]
+    found = torch.autograd.grad(encoded, inputs, grad, allow_unused=True)
+    grads = [torch.zeros_like(i) if g is None else g for i, g in zip(inputs, found, strict=True)]
+    return grads[0], grads[1:]
+
+
+# ---------------------------------------------------------------- registration
+
+_CONTEXT = "Tensor pairs, Tensor choices, Tensor offsets, Tensor?[] weights"
+_KIND = "str inner, str pooling, int heads"
+library.define(f"context({_CONTEXT}, {_KIND}) -> Tensor")
+library.define(
+    f"context_rows_(Tensor(a!) bank, Tensor slots, {_CONTEXT}, Tensor modulation, Tensor modulation_bias,"
+    f" Tensor? noise, {_KIND}) -> Tensor"
+)
+library.define(f"context_backward(Tensor grad, {_CONTEXT}, {_KIND}) -> (Tensor, Tensor[])")
+
+register_op(library, "context", context_reference)
+register_op(library, "context_rows_", context_rows_reference_)
+register_op(library, "context_backward", context_backward_reference)
+
+
+@torch.library.register_fake("fssa::context", lib=library)
+def _context_fake(pairs, choices, offsets, weights, inner, pooling, heads):
+    return pairs.new_empty(offsets.shape[0] - 1, weights[-2].shape[0])
+
+
+@torch.library.register_fake("fssa::context_rows_", lib=library)
+def _context_rows_fake_(
+    bank, slots, pairs, choices, offsets, weights, modulation, modulation_bias, noise, inner, pooling, heads
+):
+    return pairs.new_empty(offsets.shape[0] - 1, modulation.shape[1])
+
+
+@torch.library.register_fake("fssa::context_backward", lib=library)
+def _context_backward_fake(grad, pairs, choices, offsets, weights, inner, pooling, heads):
+    return pairs.new_empty(pairs.shape), [w.new_empty(w.shape) for w in weights if w is not None]
+
+
+# ---------------------------------------------------------------- autograd
+
+
+class _Context(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, pairs, choices, offsets, inner, pooling, heads, *weights):
+        ctx.save_for_backward(pairs, choices, offsets, *weights)
+        ctx.kind = (inner, pooling, heads)
+        return torch.ops.fssa.context(pairs, choices, offsets, list(weights), inner, pooling, heads)
+
+    @staticmethod
+    def backward(ctx, grad):
+        pairs, choices, offsets, *weights = ctx.saved_tensors
+        dpairs, found = torch.ops.fssa.context_backward(grad, pairs, choices, offsets, weights, *ctx.kind)
+        remaining = iter(found)
+        return dpairs, None, None, None, None, None, *(None if w is None else next(remaining) for w in weights)
+
+
+# ---------------------------------------------------------------- public
+
+
+def check_choices(choices: Tensor) -> None:
+    """Raises ValueError unless every choice is 0 or 1."""
+    if bool(((choices != 0) & (choices != 1)).any()):
+        raise ValueError(f"choices: expected 0 or 1, got {int(choices[(choices != 0) & (choices != 1)][0])}")
+
+
+def check_offsets(offsets: Sequence[int], count: int) -> None:
+    """Raises ValueError unless the offsets begin at 0, never fall, and end at count."""
+    if offsets[0] != 0 or offsets[-1] != count or any(a > b for a, b in zip(offsets[:-1], offsets[1:], strict=True)):
+        raise ValueError(f"offsets: expected to rise from 0 to the {count} pairs, got {list(offsets)[:8]}...")
+
+
+def _check(
+    pairs: Tensor, choices: Tensor, offsets: Tensor, w: ContextWeights, inner: str, pooling: str, heads: int
+) -> None:
+    if inner not in INNER:
+        raise ValueError(f"inner: expected one of {INNER}, got {inner!r}")
+    if pooling not in POOLING:
+        raise ValueError(f"pooling: expected one of {POOLING}, got {pooling!r}")
+    check_tensor("pairs", pairs, (None, 2, None))
+    if choices.shape != pairs.shape[:1] or choices.is_floating_point() or choices.device != pairs.device:
+        raise ValueError(
+            f"choices: expected integers of shape {list(pairs.shape[:1])} on {pairs.device}, got "
+            f"{choices.dtype} {list(choices.shape)} on {choices.device}"
+        )
+    if offsets.dim() != 1 or len(offsets) < 1 or offsets.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"offsets: expected int32 or int64 [U + 1], got {offsets.dtype} {list(offsets.shape)}")
+    width = w.inner0.shape[0]
+    square, vector = (width, width), (width,)
+    shapes: dict[str, tuple[int | None, ...]] = {
+        "inner0": (width, 2 * pairs.shape[2]),
+        "inner0_bias": vector,
+        "outer0": square,
+        "outer0_bias": vector,
+        "outer1": (None, width),
+        "outer1_bias": w.outer1.shape[:1],
+    }
+    if inner == "mlp":
+        shapes |= {"inner1": square, "inner1_bias": vector}
+    if pooling == "self-attention":
+        shapes |= {"qkv": (3 * width, width), "qkv_bias": (3 * width,), "out": square, "out_bias": vector}
+        if heads < 1 or width % heads:
+            raise ValueError(f"heads: expected a divisor of H = {width}, got {heads}")
+    for name, weight in w._asdict().items():
+        if (weight is None) != (name not in shapes):
+            raise ValueError(f"weights.{name}: expected {'None' if weight is not None else 'a tensor'} for {inner}, "
+                             f"{pooling}")  # fmt: skip
+        if weight is not None:
+            check_tensor(f"weights.{name}", weight, shapes[name], pairs)
+
+
+def context(
+    pairs: Tensor,
+    choices: Tensor,
+    offsets: Tensor,
+    weights: ContextWeights,
+    *,
+    inner: str = "linear",
+    pooling: str = "self-attention",
+    heads: int = 8,
+) -> Tensor:
+    """Encodes the choices of U users, each by itself, whatever their number.
+
+    Semantics, for user u with pairs k in offsets[u] .. offsets[u + 1]:
+        x_k = [pairs[k, choices[k]] ; pairs[k, 1 - choices[k]]]       # chosen, rejected
+        h_k = inner(x_k)                                              # Linear, or Linear ReLU Linear
+        pooled = pool(h)                                              # zero where the user has no pair
+        encoded[u] = outer(pooled)                                    # Linear ReLU Linear
+
+    Args:
+        pairs: embeddings of the two options of each choice, [N, 2, E], users one after the other.
+        choices: integers [N], 0 where the first option was chosen, 1 where the second.
+        offsets: int32 or int64 [U + 1], from 0 to N.
+        weights: of pairs' dtype and device.
+        inner: "linear" or "mlp". pooling: "self-attention" (summed over the pairs), "mean" or "sum".
+        heads: of the attention; divides H.
+
+    Returns: [U, Z]; Z = H, or 2H (mean and s of the latent, deviation softplus(s)).
+    Raises: ValueError, TypeError naming the argument.
+    """
+    _check(pairs, choices, offsets, weights, inner, pooling, heads)
+    if needs_grad(pairs, *weights):
+        return _Context.apply(pairs, choices, offsets, inner, pooling, heads, *weights)
+    return torch.ops.fssa.context(pairs, choices, offsets, list(weights), inner, pooling, heads)
+
+
+def context_rows_(
+    bank: Tensor,
+    slots: Tensor,
+    pairs: Tensor,
+    choices: Tensor,
+    offsets: Tensor,
+    weights: ContextWeights,
+    modulation: Tensor,
+    modulation_bias: Tensor,
+    noise: Tensor | None = None,
+    *,
+    inner: str = "linear",
+    pooling: str = "self-attention",
+    heads: int = 8,
+) -> Tensor:
+    """`context` and the modulator in one call: writes the users' rows of the bank, in place.
+
+    Semantics: `bank[slots[u]] = modulation @ latent[u] + modulation_bias`, where latent is `context`'s result or, with
+    Z = 2H, `mean + softplus(s) * noise` (the mean where noise is None).
+
+    Args:
+        bank: [S, M], float32, bfloat16 or float16; rows may be strided.
+        slots: int32 or int64 [U], values in [0, S), all different.
+        modulation, modulation_bias: [M, H] and [M], of pairs' dtype.
+        noise: [U, H] or None.
+        the others: as for `context`.
+
+    Returns: the latents [U, H]. For inference: raises RuntimeError where autograd would have to record it.
+    Raises: as `context`, before anything is written; IndexError for a slot outside [0, S).
+    """
+    _check(pairs, choices, offsets, weights, inner, pooling, heads)
+    width, users = weights.inner0.shape[0], offsets.shape[0] - 1
+    check_tensor("modulation", modulation, (bank.shape[-1], width), pairs)
+    check_tensor("modulation_bias", modulation_bias, (bank.shape[-1],), pairs)
+    check_tensor("bank", bank, (None, None))
+    if slots.shape != (users,) or slots.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"slots: expected int32 or int64 [{users}], got {slots.dtype} {list(slots.shape)}")
+    if noise is not None:
+        check_tensor("noise", noise, (users, width), pairs)
+    if needs_grad(bank, pairs, modulation, modulation_bias, *weights):
+        raise RuntimeError("context_rows_: writes in place and is not differentiable; use context, or torch.no_grad()")
+    return torch.ops.fssa.context_rows_(
+        bank, slots, pairs, choices, offsets, list(weights), modulation, modulation_bias, noise, inner, pooling, heads
+    )
