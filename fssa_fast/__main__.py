@@ -1,0 +1,3 @@
+from fssa_fast.report import environment
+
+print(environment())

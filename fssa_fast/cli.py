@@ -1,0 +1,66 @@
+"""The command `fssa`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="fssa",
+    help="Per-user steering of language models at the speed of the plain model.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.", is_eager=True)] = False,
+) -> None:
+    if version:
+        from fssa_fast import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit()
+
+
+@app.command()
+def doctor() -> None:
+    """Print the environment report that a bug report needs."""
+    from fssa_fast.report import environment
+
+    typer.echo(environment())
+
+
+@app.command()
+def import_reference(
+    directory: Annotated[Path, typer.Argument(help="A checkpoint of the reference: config.yaml, model_best.pt.")],
+    out: Annotated[Path, typer.Argument(help="Where to write it, as safetensors and JSON.")],
+    base: Annotated[str | None, typer.Option(help="The base model's path, for a policy.")] = None,
+) -> None:
+    """Turn a checkpoint of the reference implementation of arXiv 2412.13998 into one of ours."""
+    from fssa_fast.nn import RewardModel
+    from fssa_fast.steering import SteerablePolicy
+    from fssa_fast.steering.reference_checkpoint import read_reference
+
+    found = read_reference(directory)
+    if isinstance(found, RewardModel):
+        found.save_pretrained(out)
+    else:
+        SteerablePolicy.from_reference(directory, base).save_pretrained(out)
+    typer.echo(f"{out}: written")
+
+
+def main() -> None:
+    """Runs the command; errors that the user can mend are one line, not a traceback."""
+    try:
+        app()
+    except (ValueError, OSError, KeyError, RuntimeError) as error:
+        typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
+        raise SystemExit(1) from error
+
+
+if __name__ == "__main__":
+    main()

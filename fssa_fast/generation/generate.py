@@ -1,0 +1,137 @@
+"""Generation stands on transformers: one user a row, and whatever `model.generate` can do."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+
+if TYPE_CHECKING:
+    from fssa_fast.steering.policy import SteerablePolicy
+
+Message = Mapping[str, str]
+Prompts = Sequence[str | Sequence[Message]] | Tensor
+
+
+def generate(
+    policy: SteerablePolicy,
+    prompts: Prompts,
+    users: Sequence[str],
+    *,
+    attention_mask: Tensor | None = None,
+    **options: Any,
+) -> Any:
+    """Answers prompts, each for its user, all in one batch.
+
+    Args:
+        prompts: texts as they are, or chats (lists of {"role", "content"}, put through the tokenizer's chat template),
+            in any mix; or token ids [B, T], padded on the left, with `attention_mask`.
+        users: a name for each prompt, BASE, or PRIOR.
+        options: those of transformers' `generate`: max_new_tokens, do_sample, num_beams, num_return_sequences,
+            cache_implementation="static", streamer, ...
+
+    Returns: for texts and chats the answers, a text a prompt, or a list of texts a prompt with
+        num_return_sequences > 1. For token ids, what `model.generate` returns.
+    Raises: ValueError where prompts and users are not as many, or a prompt is empty; UnknownUser.
+    """
+    if len(prompts) != len(users):
+        raise ValueError(f"users: expected one for each of the {len(prompts)} prompts, got {len(users)}")
+    if len(prompts) == 0:
+        raise ValueError("prompts: expected at least one, got none")
+    if isinstance(prompts, Tensor):
+        inputs = {"input_ids": prompts}
+        if attention_mask is not None:
+            inputs["attention_mask"] = attention_mask
+    else:
+        if attention_mask is not None:
+            raise ValueError("attention_mask: expected None, since prompts are texts; got a tensor")
+        inputs = tokenize(policy, prompts)
+        options.setdefault("pad_token_id", _pad_token(policy.tokenizer))
+    returned, repeats = _repeats(policy, options)
+    with policy.steer([user for user in users for _ in range(repeats)]):
+        output = policy.model.generate(**inputs, **options)
+    if isinstance(prompts, Tensor):
+        return output
+    ids = output if isinstance(output, Tensor) else output.sequences
+    texts = policy.tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return texts if returned == 1 else [texts[i : i + returned] for i in range(0, len(texts), returned)]
+
+
+def stream(policy: SteerablePolicy, prompt: str | Sequence[Message], user: str, **options: Any) -> Iterator[str]:
+    """Answers one prompt piece by piece, as the pieces come; leaving the loop early ends the generation.
+
+    Args: as for `generate`, for one prompt and one user. Raises: what `generate` raises, at the first piece.
+    """
+    if policy.tokenizer is None:
+        raise ValueError("prompt: expected a policy with a tokenizer; this one was made without")
+    streamer = TextIteratorStreamer(policy.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    stop, failures = threading.Event(), []
+    criteria = StoppingCriteriaList([*options.pop("stopping_criteria", []), _Stopped(stop)])
+
+    def run() -> None:
+        try:
+            generate(policy, [prompt], [user], streamer=streamer, stopping_criteria=criteria, **options)
+        except BaseException as error:  # handed to the consumer's thread
+            failures.append(error)
+            streamer.end()
+
+    worker = threading.Thread(target=run, daemon=True)
+    worker.start()
+    try:
+        yield from (piece for piece in streamer if piece)
+    finally:
+        stop.set()
+        worker.join()
+    if failures:
+        raise failures[0]
+
+
+class _Stopped(StoppingCriteria):
+    def __init__(self, event: threading.Event) -> None:
+        self.event = event
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+        return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
+
+
+def tokenize(policy: SteerablePolicy, prompts: Sequence[str | Sequence[Message]]) -> dict[str, Tensor]:
+    """Token ids [B, T] and attention mask of texts and chats, padded on the left, on the policy's device."""
+    tokenizer = policy.tokenizer
+    if tokenizer is None:
+        raise ValueError("prompts: expected token ids, since this policy has no tokenizer; got texts")
+    rows = []
+    for i, prompt in enumerate(prompts):
+        if isinstance(prompt, str):
+            row = tokenizer(prompt)["input_ids"]
+        else:
+            row = tokenizer.apply_chat_template(
+                list(prompt), add_generation_prompt=True, tokenize=True, return_dict=True
+            )["input_ids"]
+        if not row:
+            raise ValueError(f"prompts[{i}]: expected at least one token, got an empty prompt")
+        rows.append(row)
+    width, pad = max(map(len, rows)), _pad_token(tokenizer)
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=policy.device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=policy.device)
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def _pad_token(tokenizer: Any) -> int:
+    # Any token does: padding is masked. Models trained without a padding token have at least an end.
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
+
+
+def _repeats(policy: SteerablePolicy, options: Mapping[str, Any]) -> tuple[int, int]:
+    """How many sequences a prompt come back, and how many batch rows `generate` makes of one."""
+    config = options.get("generation_config") or policy.model.generation_config
+
+    def setting(name: str) -> int:
+        value = options.get(name)
+        return int((getattr(config, name, None) if value is None else value) or 1)
+
+    returned = setting("num_return_sequences")
+    return returned, max(returned, setting("num_beams"))

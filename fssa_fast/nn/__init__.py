@@ -1,0 +1,8 @@
+"""Modules: the context encoder, the modulator, and the reward models."""
+
+from fssa_fast.nn.context import ContextEncoder, pack_choices
+from fssa_fast.nn.files import CheckpointError
+from fssa_fast.nn.modulator import Modulator
+from fssa_fast.nn.reward import BTL, DPL, NPBTL, RewardModel
+
+__all__ = ["BTL", "CheckpointError", "ContextEncoder", "DPL", "Modulator", "NPBTL", "RewardModel", "pack_choices"]

@@ -1,0 +1,23 @@
+"""Steering a Hugging Face model: the policy, its configuration, its users."""
+
+from fssa_fast.steering.bank import BankFull
+from fssa_fast.steering.choices import Choice
+from fssa_fast.steering.config import ConfigError, EncoderConfig, LoraConfig, SteeringConfig
+from fssa_fast.steering.embedder import TextEmbedder
+from fssa_fast.steering.policy import SteerablePolicy
+from fssa_fast.steering.users import BASE, PRIOR, UnknownUser, User
+
+__all__ = [
+    "BASE",
+    "PRIOR",
+    "BankFull",
+    "Choice",
+    "ConfigError",
+    "EncoderConfig",
+    "LoraConfig",
+    "SteerablePolicy",
+    "SteeringConfig",
+    "TextEmbedder",
+    "UnknownUser",
+    "User",
+]

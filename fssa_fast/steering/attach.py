@@ -1,0 +1,166 @@
+"""Attaching to a Hugging Face model: child modules named `fssa`, and forward hooks that read them.
+
+The parameters of the base model keep their names. The hooks are functions of this module, not closures, so that a deep
+copy of the model steers by its own adapters. Which users a forward serves is kept by thread: two generations at once in
+two threads do not see each other's users.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from fssa_fast.ops import film, lora
+from fssa_fast.steering.sites import FilmSite, Layout, LoraSite
+
+
+@dataclass(frozen=True)
+class ActiveUsers:
+    """The users of a forward: the rows [S, M] of a bank, and the slot of each batch row [B] or token [B, T]."""
+
+    rows: Tensor
+    slots: Tensor
+
+
+class CurrentUsers(threading.local):
+    """Which users the current thread's forwards serve; None is the base model."""
+
+    users: ActiveUsers | None = None
+
+    @contextmanager
+    def serve(self, users: ActiveUsers | None) -> Iterator[None]:
+        """The forwards of this block, in this thread, serve these users."""
+        before, self.users = self.users, users
+        try:
+            yield
+        finally:
+            self.users = before
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CurrentUsers:
+        return memo.setdefault(id(self), CurrentUsers())
+
+
+class FilmChild(nn.Module):
+    """What hangs on a block: its columns, and whom to ask for the users."""
+
+    def __init__(self, site: FilmSite, current: CurrentUsers) -> None:
+        super().__init__()
+        self.site, self.current = site, current
+
+
+class LoraChild(nn.Module):
+    """What hangs on a projection: for every adapter there, A [R, D] and B, transposed, [R, O].
+
+    In the default dtype, as PEFT keeps adapters: cast to the base's in a forward, trained in float32.
+    """
+
+    def __init__(self, sites: list[LoraSite], current: CurrentUsers, device: torch.device) -> None:
+        super().__init__()
+        self.sites, self.current = sites, current
+
+        def new(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.zeros(*shape, device=device))
+
+        self.a = nn.ParameterList([new(site.rank, site.inputs) for site in sites])
+        self.b = nn.ParameterList([new(site.rank, site.outputs) for site in sites])
+        for a in self.a:
+            nn.init.kaiming_uniform_(a, a=5**0.5)  # PEFT's initialisation: A uniform, B zero
+
+
+def _rows_fit(hidden: Tensor, users: ActiveUsers) -> None:
+    if users.slots.shape[0] != hidden.shape[0]:
+        raise ValueError(
+            f"users: expected one for each of the batch's {hidden.shape[0]} rows, got {users.slots.shape[0]}"
+        )
+
+
+def _film_hook(block: nn.Module, args: Any, output: Any) -> Any:
+    child = block.fssa
+    users = child.current.users
+    if users is None:
+        return None
+    hidden = output[0] if isinstance(output, tuple) else output
+    _rows_fit(hidden, users)
+    rows = users.rows.to(hidden.dtype)
+    new = film(hidden, rows[:, child.site.scale], rows[:, child.site.shift], users.slots)
+    return (new, *output[1:]) if isinstance(output, tuple) else new
+
+
+def _lora_hook(projection: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+    child = projection.fssa
+    users = child.current.users
+    if users is None:
+        return None
+    _rows_fit(output, users)
+    rows, x = users.rows.to(output.dtype), args[0].to(output.dtype)
+    for site, a, b in zip(child.sites, child.a, child.b, strict=True):
+        gamma = rows[:, site.gamma].expand(-1, site.rank)
+        beta = None if site.beta is None else rows[:, site.beta]
+        a, b = a.to(output.dtype), b.to(output.dtype)
+        (output,) = lora(x, [output], a, [b], gamma, beta, users.slots, site.scaling)
+    return output
+
+
+@dataclass
+class Attachment:
+    """The children and hooks that a model carries, to be taken off again by `remove`."""
+
+    model: nn.Module
+    layout: Layout
+    current: CurrentUsers
+    handles: list[RemovableHandle]
+
+    def children(self) -> Iterator[tuple[str, LoraChild]]:
+        """The projections that carry adapters: (path, child)."""
+        for path in dict.fromkeys(site.path for site in self.layout.loras):
+            yield path, self.model.get_submodule(path).fssa
+
+    def adapter(self, number: int) -> Iterator[tuple[LoraSite, nn.Parameter, nn.Parameter]]:
+        """The sites of one adapter (by its place in the configuration): (site, A, B transposed)."""
+        for _, child in self.children():
+            for site, a, b in zip(child.sites, child.a, child.b, strict=True):
+                if site.adapter == number:
+                    yield site, a, b
+
+    def remove(self) -> None:
+        """Takes hooks and children off: the model is as it was."""
+        for handle in self.handles:
+            handle.remove()
+        for path in {site.path for site in (*self.layout.films, *self.layout.loras)}:
+            del self.model.get_submodule(path).fssa
+
+
+def attach(model: nn.Module, layout: Layout) -> Attachment:
+    """Hangs FiLM on the blocks and adapters on the projections of `layout`. Raises ValueError if already attached."""
+    if any(name.rsplit(".", 1)[-1] == "fssa" for name, _ in model.named_modules()):
+        raise ValueError("model: expected one without a steering attached, got one that carries one; detach it first")
+    current, handles = CurrentUsers(), []
+    for site in layout.films:
+        block = model.get_submodule(site.path)
+        block.add_module("fssa", FilmChild(site, current))
+        handles.append(block.register_forward_hook(_film_hook))
+    by_path: dict[str, list[LoraSite]] = {}
+    for site in layout.loras:
+        by_path.setdefault(site.path, []).append(site)
+    for path, sites in by_path.items():
+        projection = model.get_submodule(path)
+        projection.add_module("fssa", LoraChild(sites, current, next(projection.parameters()).device))
+        handles.append(projection.register_forward_hook(_lora_hook))
+    return Attachment(model, layout, current, handles)
+
+
+def checkpoint_contexts(current: CurrentUsers) -> Callable[[], tuple[Any, Any]]:
+    """For torch.utils.checkpoint's context_fn: the recomputation of a block serves the users its forward served."""
+
+    def contexts() -> tuple[Any, Any]:
+        users = current.users
+        return current.serve(users), current.serve(users)
+
+    return contexts

@@ -1,0 +1,91 @@
+"""The bank: one preallocated table of rows, written in place, that batches index by slot."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from fssa_fast.steering.sites import Layout
+
+BASE_SLOT, PRIOR_SLOT, RESERVED = 0, 1, 2
+
+
+class BankFull(RuntimeError):
+    """No slot is free."""
+
+
+class Bank:
+    """Rows [S, M] of S = capacity + 2 slots: the base model's (zeros), the empty context's, and the users'.
+
+    A slot that a running generation reads is pinned: it may be let go, but its row stays until the last pin is gone.
+    """
+
+    def __init__(self, layout: Layout, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
+        if capacity < 1:
+            raise ValueError(f"capacity: expected at least 1, got {capacity}")
+        self.layout, self.capacity = layout, capacity
+        self.rows = torch.zeros(capacity + RESERVED, layout.width, dtype=dtype, device=device)
+        self._free = list(range(capacity + RESERVED - 1, RESERVED - 1, -1))
+        self._pins: dict[int, int] = {}
+        self._released: set[int] = set()
+        self._lock = threading.Lock()
+
+    @property
+    def modulations(self) -> Tensor:
+        """The columns that are affine in the latent: a view [S, modulated]."""
+        return self.rows[:, : self.layout.modulated]
+
+    @property
+    def strengths(self) -> Tensor:
+        """The columns that hold the plain adapters' strengths: a view [S, P]."""
+        return self.rows[:, self.layout.modulated :]
+
+    def take(self, count: int = 1) -> list[int]:
+        """Reserves slots. Raises BankFull, taking none, where fewer are free."""
+        with self._lock:
+            if len(self._free) < count:
+                used = self.capacity - len(self._free)
+                raise BankFull(
+                    f"users: expected room for {count} in a bank of {self.capacity}, got {used} slots in use; remove "
+                    "users, wait for generations to end, or make the policy with a larger capacity"
+                )
+            return [self._free.pop() for _ in range(count)]
+
+    def release(self, slot: int) -> None:
+        """Gives a slot back, at once or when its last pin is gone."""
+        with self._lock:
+            if self._pins.get(slot):
+                self._released.add(slot)
+            else:
+                self._clear(slot)
+
+    def pinned(self, slot: int) -> bool:
+        """Whether a generation is reading this slot."""
+        with self._lock:
+            return bool(self._pins.get(slot))
+
+    @contextmanager
+    def pin(self, slots: Sequence[int]) -> Iterator[None]:
+        """Keeps the rows of these slots as they are for the block."""
+        with self._lock:
+            for slot in slots:
+                self._pins[slot] = self._pins.get(slot, 0) + 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                for slot in slots:
+                    self._pins[slot] -= 1
+                    if not self._pins[slot]:
+                        del self._pins[slot]
+                        if slot in self._released:
+                            self._released.remove(slot)
+                            self._clear(slot)
+
+    def _clear(self, slot: int) -> None:
+        self.rows[slot] = 0
+        self._free.append(slot)

@@ -1,0 +1,104 @@
+"""What a steerable policy is made of, as JSON holds it."""
+
+from __future__ import annotations
+
+import types
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+FORMAT_VERSION = 1
+
+
+class ConfigError(ValueError):
+    """A configuration with an unknown key, a missing one, or a value of the wrong kind."""
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """The context encoder: from embeddings of width E to latents of width H."""
+
+    embedding_width: int
+    latent_width: int = 256
+    inner: Literal["linear", "mlp"] = "linear"
+    pooling: Literal["self-attention", "mean", "sum"] = "self-attention"
+    heads: int = 8
+    dropout: float = 0.1
+    sampled: bool = False
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """One adapter, on every projection whose name ends in one of `targets`.
+
+    modulation: "none" is plain LoRA, one strength a user (PEFT's, for everyone but base rows);
+        "scale" gives every user R numbers a projection (gamma), "scale_shift" 2R (gamma and beta).
+    """
+
+    targets: tuple[str, ...] = ("q_proj", "v_proj")
+    rank: int = 16
+    alpha: float = 32.0
+    modulation: Literal["none", "scale", "scale_shift"] = "scale_shift"
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ConfigError(f"rank: expected at least 1, got {self.rank}")
+        if not self.targets:
+            raise ConfigError("targets: expected at least one projection's name, got none")
+
+
+@dataclass(frozen=True)
+class SteeringConfig:
+    """FiLM on the blocks (all, some by index, or none), and any number of adapters."""
+
+    encoder: EncoderConfig
+    film: bool | tuple[int, ...] = True
+    loras: tuple[LoraConfig, ...] = field(default_factory=tuple)
+
+    def __post_init__(self) -> None:
+        if self.film is False and not self.loras:
+            raise ConfigError("film, loras: expected at least one way to steer, got none")
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    """A configuration as plain dictionaries and lists."""
+    return asdict(config)
+
+
+def from_json(cls: type, data: Any, where: str = "config") -> Any:
+    """The dataclass `cls` from plain data; ConfigError names the key, what was expected and what came."""
+    if not isinstance(data, dict):
+        raise ConfigError(f"{where}: expected an object with keys {[f.name for f in fields(cls)]}, got {data!r}")
+    hints = get_type_hints(cls)
+    unknown = sorted(set(data) - set(hints))
+    if unknown:
+        raise ConfigError(f"{where}.{unknown[0]}: unknown key; expected some of {sorted(hints)}")
+    try:
+        return cls(**{key: _value(hints[key], value, f"{where}.{key}") for key, value in data.items()})
+    except TypeError as error:
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def _value(kind: Any, value: Any, where: str) -> Any:
+    origin, args = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        for option in args:
+            try:
+                return _value(option, value, where)
+            except ConfigError:
+                continue
+        raise ConfigError(f"{where}: expected {kind}, got {value!r}")
+    if origin is Literal:
+        if value in args:
+            return value
+        raise ConfigError(f"{where}: expected one of {args}, got {value!r}")
+    if origin is tuple:
+        if isinstance(value, list | tuple):
+            return tuple(_value(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+        raise ConfigError(f"{where}: expected a list, got {value!r}")
+    if hasattr(kind, "__dataclass_fields__"):
+        return from_json(kind, value, where)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not kind:
+        raise ConfigError(f"{where}: expected {getattr(kind, '__name__', kind)}, got {value!r}")
+    return value

@@ -1,0 +1,147 @@
+"""Texts to embeddings: any Hugging Face encoder, its pooling, its prompt and its width."""
+
+from __future__ import annotations
+
+import string
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class EmbedderConfig:
+    """What a policy remembers of its embedder. `template` joins a prompt and an answer."""
+
+    name_or_path: str
+    width: int
+    pooling: Literal["mean", "first", "last"] = "mean"
+    template: str = "{prompt}\n{response}"
+    normalize: bool = True
+    max_tokens: int = 256
+    fingerprint: tuple[float, ...] = ()
+
+
+def weight_fingerprint(model: nn.Module) -> tuple[float, ...]:
+    """Eight numbers that tell one set of weights from another, and survive rounding to bfloat16.
+
+    The norms of eight rows, evenly spread, of the input embeddings.
+    """
+    table = model.get_input_embeddings().weight.detach()
+    rows = torch.linspace(0, table.shape[0] - 1, 8).round().long().to(table.device)
+    return tuple(round(float(norm), 6) for norm in table[rows].float().norm(dim=-1))
+
+
+def same_fingerprint(a: Sequence[float], b: Sequence[float]) -> bool:
+    """Whether two fingerprints are of the same weights, up to rounding."""
+    return len(a) == len(b) and all(abs(x - y) <= 0.02 * max(abs(x), abs(y), 1e-3) for x, y in zip(a, b, strict=True))
+
+
+class TextEmbedder:
+    """Embeds (prompt, answer) pairs, and keeps the last `cache` of them.
+
+    Args:
+        model, tokenizer: of a Hugging Face encoder (any model that returns `last_hidden_state`).
+        pooling: over tokens: "mean", or the "first" or "last" one. template: how prompt and answer are joined.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        pooling: Literal["mean", "first", "last"] = "mean",
+        template: str = "{prompt}\n{response}",
+        normalize: bool = True,
+        max_tokens: int = 256,
+        batch: int = 32,
+        cache: int = 65536,
+    ) -> None:
+        if pooling not in ("mean", "first", "last"):
+            raise ValueError(f"pooling: expected mean, first or last, got {pooling!r}")
+        names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+        if set(names) - {"prompt", "response"} or "response" not in names:
+            raise ValueError(f"template: expected the fields {{prompt}} and {{response}} alone, got {template!r}")
+        self.model, self.tokenizer = model.eval(), tokenizer
+        self.batch, self.cache_size = batch, cache
+        self.config = EmbedderConfig(
+            str(model.config.name_or_path),
+            model.config.hidden_size,
+            pooling,
+            template,
+            normalize,
+            max_tokens,
+            weight_fingerprint(model),
+        )
+        self._lock = threading.Lock()
+        self._cache: OrderedDict[str, Tensor] = OrderedDict()
+
+    @classmethod
+    def from_config(cls, config: EmbedderConfig, source: str | None = None) -> TextEmbedder:
+        """Loads the encoder from its name or path, or from `source` in its place.
+
+        Raises ValueError where its width or its weights are not those the policy was trained with.
+        """
+        from transformers import AutoModel, AutoTokenizer
+
+        path = source or config.name_or_path
+        embedder = cls(
+            AutoModel.from_pretrained(path),
+            AutoTokenizer.from_pretrained(path),
+            pooling=config.pooling,
+            template=config.template,
+            normalize=config.normalize,
+            max_tokens=config.max_tokens,
+        )
+        embedder.check(config)
+        return embedder
+
+    def check(self, config: EmbedderConfig) -> None:
+        """Raises ValueError unless this embedder computes what `config` describes, name and path aside."""
+        for name in ("width", "pooling", "template", "normalize", "max_tokens"):
+            want, have = getattr(config, name), getattr(self.config, name)
+            if want != have:
+                raise ValueError(f"embedder: expected {name} {want!r}, as the policy was trained with, got {have!r}")
+        if not same_fingerprint(config.fingerprint, self.config.fingerprint):
+            raise ValueError(f"embedder: expected the weights of {config.name_or_path!r}, got others")
+
+    @property
+    def width(self) -> int:
+        """The embedding width E."""
+        return self.config.width
+
+    def encode(self, texts: Sequence[tuple[str, str]]) -> Tensor:
+        """Embeddings [n, E], float32 on the CPU, of n (prompt, answer) pairs."""
+        joined = [self.config.template.format(prompt=prompt, response=response) for prompt, response in texts]
+        with self._lock:
+            known = {text: self._cache[text] for text in joined if text in self._cache}
+        missing = list(dict.fromkeys(text for text in joined if text not in known))
+        for start in range(0, len(missing), self.batch):
+            part = missing[start : start + self.batch]
+            known.update(zip(part, self._forward(part), strict=True))
+        with self._lock:
+            self._cache.update((text, known[text]) for text in missing)
+            while len(self._cache) > self.cache_size:
+                self._cache.popitem(last=False)
+        return torch.stack([known[text] for text in joined]) if joined else torch.empty(0, self.width)
+
+    @torch.no_grad()
+    def _forward(self, texts: list[str]) -> Tensor:
+        batch = self.tokenizer(
+            texts, padding=True, truncation=True, max_length=self.config.max_tokens, return_tensors="pt"
+        ).to(self.model.device)
+        hidden = self.model(**batch).last_hidden_state.float()
+        mask = batch["attention_mask"].unsqueeze(-1)
+        if self.config.pooling == "mean":
+            pooled = (hidden * mask).sum(1) / mask.sum(1)
+        else:  # the first or last token that is not padding, whichever side the padding is on
+            places = torch.arange(hidden.shape[1], device=hidden.device).expand(hidden.shape[:2])
+            places = places.masked_fill(mask.squeeze(-1) == 0, -1 if self.config.pooling == "last" else hidden.shape[1])
+            index = places.amax(1) if self.config.pooling == "last" else places.amin(1)
+            pooled = hidden[torch.arange(len(texts), device=hidden.device), index]
+        return (F.normalize(pooled, dim=-1) if self.config.normalize else pooled).cpu()

@@ -1,0 +1,78 @@
+"""A policy of the reference implementation as one of ours."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fssa_fast.nn import CheckpointError
+from fssa_fast.steering.config import EncoderConfig, LoraConfig, SteeringConfig
+from fssa_fast.steering.policy import SteerablePolicy
+from fssa_fast.steering.reference_checkpoint import ReferencePolicy, read_reference
+from fssa_fast.steering.storage import load_base, load_tokenizer
+
+
+def config_from_reference(source: ReferencePolicy) -> SteeringConfig:
+    """FiLM on the blocks that have it, and plain LoRA."""
+    encoder = EncoderConfig(
+        source.encoder.embedding_width,
+        source.encoder.latent_width,
+        source.encoder.inner_kind,  # type: ignore[arg-type]
+        source.encoder.pooling,  # type: ignore[arg-type]
+        source.encoder.heads,
+        source.encoder.dropout,
+        source.encoder.sampled,
+    )
+    targets = dict.fromkeys(path.rsplit(".", 1)[-1] for path in source.lora)
+    loras = (LoraConfig(tuple(targets), source.rank, source.alpha, "none"),) if targets else ()
+    return SteeringConfig(encoder, tuple(sorted(source.film)) or False, loras)
+
+
+def build_policy(source: ReferencePolicy, model: Any, **options: Any) -> SteerablePolicy:
+    """Attaches the checkpoint's steering to `model`. Raises CheckpointError where a projection or width does not fit."""
+    policy = SteerablePolicy(model, config_from_reference(source), **options)
+    try:
+        with torch.no_grad():
+            policy.encoder.load_state_dict(source.encoder.state_dict())
+            for site in policy.layout.films:
+                film = source.film[int(site.path.rsplit(".", 1)[-1])]
+                for columns, weight, bias in (
+                    (site.scale, film.scale, film.scale_bias),
+                    (site.shift, film.shift, film.shift_bias),
+                ):
+                    _fill(f"FiLM of {site.path}", policy.modulator.weight[columns], weight)
+                    _fill(f"FiLM of {site.path}", policy.modulator.bias[columns], bias)
+            places = {site.path: (a, b) for site, a, b in policy.attachment.adapter(0)} if source.lora else {}
+            if set(places) != set(source.lora):
+                odd = sorted(set(places) ^ set(source.lora))[0]
+                raise CheckpointError(f"LoRA: expected on the same projections as in the base model, not so at {odd}")
+            for path, (a, b) in places.items():
+                _fill(f"LoRA A of {path}", a, source.lora[path].a)
+                _fill(f"LoRA B of {path}", b, source.lora[path].b)
+        policy.users.refresh()
+    except BaseException:
+        policy.detach()
+        raise
+    return policy
+
+
+def _fill(what: str, place: torch.Tensor, value: torch.Tensor) -> None:
+    if place.shape != value.shape:
+        raise CheckpointError(
+            f"{what}: expected shape {list(place.shape)}, as the base model has it, got {list(value.shape)}"
+        )
+    place.copy_(value)
+
+
+def policy_from_reference(directory: str | os.PathLike[str], base: Any = None, **options: Any) -> SteerablePolicy:
+    """`SteerablePolicy.from_reference`; a folder `base` in the checkpoint is the base model where none is given."""
+    source = read_reference(directory)
+    if not isinstance(source, ReferencePolicy):
+        raise CheckpointError(f"{directory}: expected a policy, got a reward model")
+    beside = Path(directory) / "base"
+    model = load_base(base, str(beside) if beside.is_dir() else str(source.config.get("llm_name", "")))
+    options.setdefault("tokenizer", load_tokenizer(model))
+    return build_policy(source, model, **options)

@@ -1,0 +1,114 @@
+"""Plain LoRA in PEFT's adapter format: adapter_config.json and adapter_model.safetensors."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fssa_fast.nn.files import CheckpointError, read_tensors, read_text, write_pair
+from fssa_fast.steering.config import LoraConfig
+from fssa_fast.steering.sites import LoraSite, projection_widths
+
+if TYPE_CHECKING:
+    from fssa_fast.steering.policy import SteerablePolicy
+
+CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
+
+# What changes the computation and is not plain LoRA on whole projections, with the value that leaves it alone.
+_PLAIN = {
+    "use_dora": False,
+    "use_rslora": False,
+    "bias": "none",
+    "fan_in_fan_out": None,
+    "modules_to_save": None,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "layers_to_transform": None,
+    "lora_bias": False,
+}
+
+
+def plain_adapter(policy: SteerablePolicy) -> int:
+    """The place of a policy's one plain adapter in its configuration. Raises ValueError where there is not just one."""
+    plain = [i for i, lora in enumerate(policy.config.loras) if lora.modulation == "none"]
+    if len(plain) != 1:
+        raise ValueError(f"policy: expected one plain adapter (modulation 'none'), got {len(plain)}")
+    return plain[0]
+
+
+def read_peft_config(directory: str | os.PathLike[str]) -> LoraConfig:
+    """The adapter's configuration as ours. Raises CheckpointError for what is not plain LoRA on named projections."""
+    path = Path(directory) / CONFIG_NAME
+    try:
+        data = json.loads(read_text(path))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not JSON: {error}") from error
+    if not isinstance(data, dict) or data.get("peft_type") != "LORA":
+        raise CheckpointError(f"{path}: expected a LoRA adapter of PEFT")
+    for key, plain in _PLAIN.items():
+        if key in data and data[key] not in (plain, None, False, {}, []) and key != "fan_in_fan_out":
+            raise CheckpointError(f"{path}: {key}: expected {plain!r}, got {data[key]!r}: not plain LoRA")
+    targets, rank, alpha = data.get("target_modules"), data.get("r"), data.get("lora_alpha")
+    if not isinstance(targets, list) or not targets or not all(isinstance(name, str) for name in targets):
+        raise CheckpointError(f"{path}: target_modules: expected a list of names, got {targets!r}")
+    if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= 1 << 16:
+        raise CheckpointError(f"{path}: r: expected a positive integer, got {rank!r}")
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool):
+        raise CheckpointError(f"{path}: lora_alpha: expected a number, got {alpha!r}")
+    return LoraConfig(tuple(sorted(targets)), rank, float(alpha), "none")
+
+
+def load_peft(policy: SteerablePolicy, directory: str | os.PathLike[str]) -> None:
+    """Fills the policy's plain adapter from PEFT's files. Raises CheckpointError, changing nothing, where they differ."""
+    number = plain_adapter(policy)
+    have, found = policy.config.loras[number], read_peft_config(directory)
+    if (have.rank, have.alpha) != (found.rank, found.alpha):
+        raise CheckpointError(
+            f"{directory}: expected rank {have.rank} and alpha {have.alpha}, as the policy's plain adapter has, "
+            f"got {found.rank} and {found.alpha}"
+        )
+    places = {_peft_name(site, matrix): t for site, *ab in policy.attachment.adapter(number)
+              for matrix, t in zip("AB", ab, strict=True)}  # fmt: skip
+    expected = {name: (t.T if name.endswith("lora_B.weight") else t).to("meta") for name, t in places.items()}
+    tensors = read_tensors(Path(directory) / WEIGHTS_NAME, expected)
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            places[name].copy_(tensor.T if name.endswith("lora_B.weight") else tensor)
+
+
+def save_peft(policy: SteerablePolicy, directory: str | os.PathLike[str]) -> None:
+    """Writes the policy's plain adapter as PEFT's `PeftModel.from_pretrained` reads it."""
+    lora = policy.config.loras[plain_adapter(policy)]
+    tensors = {}
+    for site, a, b in policy.attachment.adapter(plain_adapter(policy)):
+        tensors[_peft_name(site, "A")] = a
+        tensors[_peft_name(site, "B")] = b.T
+    config: dict[str, Any] = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(policy.model.config.name_or_path),
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "target_modules": list(lora.targets),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": _transposed(policy),
+        "inference_mode": True,
+    }
+    folder = Path(directory)
+    write_pair(folder / CONFIG_NAME, config, folder / WEIGHTS_NAME, tensors)
+
+
+def _peft_name(site: LoraSite, matrix: str) -> str:
+    return f"base_model.model.{site.path}.lora_{matrix}.weight"
+
+
+def _transposed(policy: SteerablePolicy) -> bool:
+    # PEFT has to be told of projections that hold their weight as [inputs, outputs] (GPT-2's Conv1D).
+    site = policy.layout.loras[0]
+    weight = policy.model.get_submodule(site.path).weight
+    return tuple(weight.shape) == projection_widths(policy.model.get_submodule(site.path)) != weight.shape[::-1]

@@ -1,0 +1,180 @@
+"""SteerablePolicy: a Hugging Face causal LM that many users steer, each with a row of numbers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fssa_fast.generation.generate import Prompts, generate, stream
+from fssa_fast.nn import ContextEncoder, Modulator
+from fssa_fast.steering.attach import ActiveUsers, attach, checkpoint_contexts
+from fssa_fast.steering.bank import Bank
+from fssa_fast.steering.config import SteeringConfig
+from fssa_fast.steering.embedder import TextEmbedder
+from fssa_fast.steering.sites import plan_sites
+from fssa_fast.steering.users import Users
+
+
+class SteerablePolicy(nn.Module):
+    """Attaches steering to a causal LM, in place, and holds what makes users of choices: encoder, modulator, bank.
+
+    The base model's parameters keep their names and are frozen; without users a forward of it is the base model's.
+
+    Args:
+        model: any Hugging Face causal LM. config: what to attach.
+        tokenizer: for prompts given as texts. embedder: for choices given as texts.
+        capacity: how many users the bank holds at once.
+        modulation_std: standard deviation of the modulator's weights at the start; 0 makes every user the prior.
+
+    Raises: ConfigError for blocks or projections the model lacks; ValueError for an embedder of another width.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        config: SteeringConfig,
+        *,
+        tokenizer: Any = None,
+        embedder: TextEmbedder | None = None,
+        capacity: int = 64,
+        modulation_std: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if embedder is not None and embedder.width != config.encoder.embedding_width:
+            raise ValueError(
+                f"embedder: expected width {config.encoder.embedding_width}, as config.encoder has it, "
+                f"got {embedder.width}"
+            )
+        layout = plan_sites(model, config)
+        parameter = next(model.parameters())
+        kind = {"device": parameter.device, "dtype": torch.get_default_dtype()}
+        for base in model.parameters():
+            base.requires_grad_(False)
+        self.model, self.config, self.layout = model, config, layout
+        self.tokenizer, self.embedder = tokenizer, embedder
+        e = config.encoder
+        self.encoder = ContextEncoder(
+            e.embedding_width,
+            e.latent_width,
+            inner=e.inner,
+            pooling=e.pooling,
+            heads=e.heads,
+            dropout=e.dropout,
+            sampled=e.sampled,
+        ).to(**kind)
+        self.modulator = Modulator(
+            e.latent_width, layout.modulated, init=layout.initial_bias(), std=modulation_std
+        ).to(**kind)
+        self.attachment = attach(model, layout)
+        self.bank = Bank(layout, capacity, model.dtype, parameter.device)
+        self.users = Users(self)
+        self.eval()
+        self.users.refresh()
+
+    # ------------------------------------------------------------ loading and saving
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        directory: str | os.PathLike[str],
+        base: Any = None,
+        *,
+        tokenizer: Any = None,
+        embedder: TextEmbedder | str | None = None,
+        capacity: int = 64,
+    ) -> SteerablePolicy:
+        """Loads a saved policy onto its base model.
+
+        Args:
+            directory: written by `save_pretrained`.
+            base: the base model, or its path; None takes the one the policy names.
+            tokenizer: None takes the base's. embedder: one, or a path to its encoder; None takes the one named.
+
+        Raises: CheckpointError, ConfigError for a damaged, foreign or newer file; ValueError where base model or
+            embedder are not those of the policy. Nothing is attached to `base` then.
+        """
+        from fssa_fast.steering.storage import load_policy
+
+        return load_policy(directory, base, tokenizer=tokenizer, embedder=embedder, capacity=capacity)
+
+    @classmethod
+    def from_reference(cls, directory: str | os.PathLike[str], base: Any = None, **options: Any) -> SteerablePolicy:
+        """Loads a policy checkpoint of the reference implementation; `base` as for `from_pretrained`."""
+        from fssa_fast.steering.import_reference import policy_from_reference
+
+        return policy_from_reference(directory, base, **options)
+
+    def save_pretrained(self, directory: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> None:
+        """Writes steering.json and steering.safetensors: all but the base model, the embedder's weights and the users.
+
+        dtype: of the tensors written; None keeps each one's own. Each file is written in one step.
+        """
+        from fssa_fast.steering.storage import save_policy
+
+        save_policy(self, directory, dtype)
+
+    def detach(self) -> Any:
+        """Takes the steering off the base model and returns it as it was, but frozen."""
+        self.attachment.remove()
+        return self.model
+
+    # ------------------------------------------------------------ steering
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base model's first parameter lies."""
+        return self.bank.rows.device
+
+    @contextmanager
+    def steer(self, users: Sequence[str]) -> Iterator[Tensor]:
+        """Every forward of the base model in this block, and this thread, serves these users, one a row.
+
+        For the model's own methods (`policy.model.generate`, pipelines, ...). With beams or several sequences a
+        prompt, name each user as often as the batch repeats it; `policy.generate` does so by itself.
+        Yields the slots [B]. Raises UnknownUser.
+        """
+        with self.users.slots(users) as slots, self.attachment.current.serve(ActiveUsers(self.bank.rows, slots)):
+            yield slots
+
+    def rows(self, latents: Tensor) -> Tensor:
+        """The rows [U, M] of latents [U, H], differentiable: for training, where `forward` takes them."""
+        modulations = self.modulator(latents)
+        return torch.cat([modulations, modulations.new_ones(len(latents), self.layout.width - self.layout.modulated)], 1)
+
+    def forward(self, *args: Any, rows: Tensor | None = None, slots: Tensor | None = None, **kwargs: Any) -> Any:
+        """The base model's forward, steered.
+
+        Args:
+            rows: [S, M], from `rows`; None takes the bank's.
+            slots: the row of each batch row, int32 or int64 [B]; None is the base model.
+            the others: the model's own.
+        """
+        if slots is None:
+            if rows is not None:
+                raise ValueError("slots: expected one for each batch row, since rows are given; got None")
+            users = None
+        else:
+            users = ActiveUsers(self.bank.rows if rows is None else rows, slots)
+        with self.attachment.current.serve(users):
+            return self.model(*args, **kwargs)
+
+    def gradient_checkpointing_enable(self) -> None:
+        """Trades compute for memory in training; a block's recomputation serves the users its forward served."""
+        self.model.gradient_checkpointing_enable(
+            {"use_reentrant": False, "context_fn": checkpoint_contexts(self.attachment.current)}
+        )
+
+    # ------------------------------------------------------------ generation
+
+    def generate(self, prompts: Prompts, users: Sequence[str], **options: Any) -> Any:
+        """Answers prompts, each for its user, all in one batch; see `fssa_fast.generation.generate`."""
+        return generate(self, prompts, users, **options)
+
+    def stream(self, prompt: Any, user: str, **options: Any) -> Iterator[str]:
+        """Answers one prompt piece by piece; see `fssa_fast.generation.stream`."""
+        return stream(self, prompt, user, **options)
