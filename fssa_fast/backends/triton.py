@@ -8,7 +8,6 @@ GPU their values are not read, since that would wait for it: they are checked wh
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from typing import Any
 
@@ -20,6 +19,7 @@ OLDEST = (3, 6)
 if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST:
     raise ImportError(f"triton: expected version 3.6 or newer, got {triton.__version__}")
 
+from fssa_fast.backends import BackendError  # noqa: E402
 from fssa_fast.kernels import configs, context, film, lora  # noqa: E402  (an older triton fails in it, obscurely)
 from fssa_fast.kernels.common import INTERPRETED  # noqa: E402
 from fssa_fast.ops._common import check_slot_range  # noqa: E402
@@ -46,3 +46,61 @@ def refuses(op: str, tensor: Tensor) -> str | None:
     if op.startswith("film_norm") and tensor.shape[-1] > configs.WIDEST_NORM:
         return f"a norm over {tensor.shape[-1]} is wider than {configs.WIDEST_NORM}"
     return None
+
+
+def prefers(op: str, args: Sequence[Any]) -> bool:
+    """False for what `refuses` cannot see: pairs of a dtype other than the bank's that no kernel takes."""
+    return op != "context_rows_" or args[2].dtype in DTYPES
+
+
+def _check_pairs(pairs: Tensor, choices: Tensor, offsets: Tensor) -> None:
+    if pairs.dtype not in DTYPES:
+        raise BackendError(f"backend 'triton' cannot take pairs of dtype {pairs.dtype}")
+    if pairs.device.type == "cpu":
+        check_choices(choices)
+        check_offsets(offsets.tolist(), pairs.shape[0])
+
+
+def _launching(run: Callable[..., Any], check: Callable[..., None]) -> Callable[..., Any]:
+    """The kernels' function, on the device of its tensors; `check` reads values, and only where that is free."""
+
+    @wraps(run)
+    def call(*args: Any) -> Any:
+        tensor = args[0] if isinstance(args[0], Tensor) else args[0][0]
+        check(*args)
+        if tensor.device.type == "cpu":
+            return run(*args)
+        with torch.cuda.device(tensor.device):
+            return run(*args)
+
+    return call
+
+
+def _slots_at(slots: int, table: int) -> Callable[..., None]:
+    """Checks the argument at `slots` against the rows of the one at `table`, on the CPU."""
+
+    def check(*args: Any) -> None:
+        if args[slots].device.type == "cpu":
+            check_slot_range(args[slots], args[table].shape[0])
+
+    return check
+
+
+def _check_rows(bank: Tensor, slots: Tensor, pairs: Tensor, choices: Tensor, offsets: Tensor, *_: Any) -> None:
+    _check_pairs(pairs, choices, offsets)
+    if slots.device.type == "cpu":
+        check_slot_range(slots, bank.shape[0])
+
+
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
+    "film": _launching(film.film, _slots_at(3, 1)),
+    "film_norm": _launching(film.film_norm, _slots_at(4, 2)),
+    "film_backward": _launching(film.film_backward, _slots_at(4, 2)),
+    "film_norm_backward": _launching(film.film_norm_backward, _slots_at(6, 4)),
+    "lora": _launching(lora.lora, _slots_at(6, 4)),
+    "lora_": _launching(lora.lora_, _slots_at(6, 4)),
+    "lora_backward": _launching(lora.lora_backward, _slots_at(6, 4)),
+    "context": _launching(context.context, lambda pairs, choices, offsets, *_: _check_pairs(pairs, choices, offsets)),
+    "context_rows_": _launching(context.context_rows_, _check_rows),
+    "context_backward": _launching(context.context_backward, lambda grad, *args: _check_pairs(*args[:3])),
+}

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -122,14 +121,3 @@ def write_pair(config_path: Path, config: Mapping[str, Any], weights_path: Path,
     parts[1].write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     os.replace(parts[0], weights_path)
     os.replace(parts[1], config_path)
-
-
-def write_pair(config_path: Path, config: Mapping[str, Any], weights_path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes a configuration as JSON and tensors as safetensors, each in one step: no reader sees half a file."""
-    for path in (config_path, weights_path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    config_part, weights_part = (path.with_name(f".{path.name}.part") for path in (config_path, weights_path))
-    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, weights_part)
-    config_part.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    os.replace(weights_part, weights_path)
-    os.replace(config_part, config_path)

@@ -34,7 +34,7 @@ _PLAIN = {
 
 def plain_adapter(policy: SteerablePolicy) -> int:
     """The place of a policy's one plain adapter in its configuration. Raises ValueError where there is not just one."""
-    plain = [i for i, lora in enumerate(policy.config.loras) if lora.modulation == "none"]
+    plain = [i for i, lora in enumerate(policy.steering.loras) if lora.modulation == "none"]
     if len(plain) != 1:
         raise ValueError(f"policy: expected one plain adapter (modulation 'none'), got {len(plain)}")
     return plain[0]
@@ -65,7 +65,7 @@ def read_peft_config(directory: str | os.PathLike[str]) -> LoraConfig:
 def load_peft(policy: SteerablePolicy, directory: str | os.PathLike[str]) -> None:
     """Fills the policy's plain adapter from PEFT's files. Raises CheckpointError, changing nothing, where they differ."""
     number = plain_adapter(policy)
-    have, found = policy.config.loras[number], read_peft_config(directory)
+    have, found = policy.steering.loras[number], read_peft_config(directory)
     if (have.rank, have.alpha) != (found.rank, found.alpha):
         raise CheckpointError(
             f"{directory}: expected rank {have.rank} and alpha {have.alpha}, as the policy's plain adapter has, "
@@ -82,7 +82,7 @@ def load_peft(policy: SteerablePolicy, directory: str | os.PathLike[str]) -> Non
 
 def save_peft(policy: SteerablePolicy, directory: str | os.PathLike[str]) -> None:
     """Writes the policy's plain adapter as PEFT's `PeftModel.from_pretrained` reads it."""
-    lora = policy.config.loras[plain_adapter(policy)]
+    lora = policy.steering.loras[plain_adapter(policy)]
     tensors = {}
     for site, a, b in policy.attachment.adapter(plain_adapter(policy)):
         tensors[_peft_name(site, "A")] = a

@@ -29,7 +29,8 @@ class SteerablePolicy(nn.Module):
         model: any Hugging Face causal LM. config: what to attach.
         tokenizer: for prompts given as texts. embedder: for choices given as texts.
         capacity: how many users the bank holds at once.
-        modulation_std: standard deviation of the modulator's weights at the start; 0 makes every user the prior.
+        modulation_std: standard deviation, at the start, of the weights that make adapters' columns of latents; FiLM's
+            start at zero, since they multiply through all blocks.
 
     Raises: ConfigError for blocks or projections the model lacks; ValueError for an embedder of another width.
     """
@@ -55,7 +56,7 @@ class SteerablePolicy(nn.Module):
         kind = {"device": parameter.device, "dtype": torch.get_default_dtype()}
         for base in model.parameters():
             base.requires_grad_(False)
-        self.model, self.config, self.layout = model, config, layout
+        self.model, self.steering, self.layout = model, config, layout
         self.tokenizer, self.embedder = tokenizer, embedder
         e = config.encoder
         self.encoder = ContextEncoder(
@@ -68,7 +69,7 @@ class SteerablePolicy(nn.Module):
             sampled=e.sampled,
         ).to(**kind)
         self.modulator = Modulator(
-            e.latent_width, layout.modulated, init=layout.initial_bias(), std=modulation_std
+            e.latent_width, layout.modulated, init=layout.initial_bias(), std=modulation_std * layout.adapter_columns()
         ).to(**kind)
         self.attachment = attach(model, layout)
         self.bank = Bank(layout, capacity, model.dtype, parameter.device)
@@ -126,6 +127,11 @@ class SteerablePolicy(nn.Module):
     # ------------------------------------------------------------ steering
 
     @property
+    def config(self) -> Any:
+        """The base model's configuration, where transformers' Trainer looks for it; ours is `steering`."""
+        return self.model.config
+
+    @property
     def device(self) -> torch.device:
         """Where the base model's first parameter lies."""
         return self.bank.rows.device
@@ -154,14 +160,29 @@ class SteerablePolicy(nn.Module):
             slots: the row of each batch row, int32 or int64 [B]; None is the base model.
             the others: the model's own.
         """
+        with self.attachment.current.serve(self._active(rows, slots)):
+            return self.model(*args, **kwargs)
+
+    def _active(self, rows: Tensor | None, slots: Tensor | None) -> ActiveUsers | None:
         if slots is None:
             if rows is not None:
                 raise ValueError("slots: expected one for each batch row, since rows are given; got None")
-            users = None
-        else:
-            users = ActiveUsers(self.bank.rows if rows is None else rows, slots)
-        with self.attachment.current.serve(users):
-            return self.model(*args, **kwargs)
+            return None
+        return ActiveUsers(self.bank.rows if rows is None else rows, slots)
+
+    def hidden(
+        self, input_ids: Tensor, attention_mask: Tensor | None, *, rows: Tensor | None, slots: Tensor | None
+    ) -> Tensor:
+        """The last hidden states [B, T, D], after the final norm, that `logits` turns into logits; as `forward`."""
+        with self.attachment.current.serve(self._active(rows, slots)):
+            backbone = self.model.base_model
+            return backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [..., V] of hidden states [..., D], with the cap that some models put on them."""
+        logits = self.model.get_output_embeddings()(hidden)
+        cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def gradient_checkpointing_enable(self) -> None:
         """Trades compute for memory in training; a block's recomputation serves the users its forward served."""

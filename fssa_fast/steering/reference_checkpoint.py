@@ -31,10 +31,10 @@ _CONTEXT_FIELDS: dict[str, type] = {
 }
 
 # Linear by Linear: the reference's name and ours.
-_CONTEXT_LINEAR = {"inner_encoder": "inner0"}
-_CONTEXT_MLP = {"inner_encoder.net.0": "inner0", "inner_encoder.net.2": "inner1"}
-_CONTEXT_OUTER = {"outer_encoder.net.0": "outer0", "outer_encoder.net.2": "outer1"}
-_CONTEXT_ATTENTION = {
+_INNER_LINEAR = {"inner_encoder": "inner0"}
+_INNER_MLP = {"inner_encoder.net.0": "inner0", "inner_encoder.net.2": "inner1"}
+_OUTER = {"outer_encoder.net.0": "outer0", "outer_encoder.net.2": "outer1"}
+_ATTENTION = {
     "self_attention.in_proj_weight": "qkv.weight",
     "self_attention.in_proj_bias": "qkv.bias",
     "self_attention.out_proj.weight": "out.weight",
@@ -53,6 +53,7 @@ _DECODER = {
 
 _MAX_BLOCKS = 100_000
 _MAX_NAME = 300
+_CONTEXT = "model.context_encoder."
 _LLM = "model.decoder.conditional_llm.base."
 _FILM = re.compile(
     r"(?P<blocks>[\w.]+)\.(?P<block>\d{1,5})\.film\.(?P<part>gamma|beta)_mlp\.net\.0\.(?P<kind>weight|bias)"
@@ -157,8 +158,8 @@ def _linears(names: Mapping[str, str]) -> dict[str, str]:
 
 
 def _context_names(inner: str, pooling: str) -> dict[str, str]:
-    names = _linears((_CONTEXT_MLP if inner == "mlp" else _CONTEXT_LINEAR) | _CONTEXT_OUTER)
-    return names | (_CONTEXT_ATTENTION if pooling == "self-attention" else {})
+    names = _linears((_INNER_MLP if inner == "mlp" else _INNER_LINEAR) | _OUTER)
+    return names | (_ATTENTION if pooling == "self-attention" else {})
 
 
 def _context_arguments(where: str, config: dict[str, Any]) -> dict[str, Any]:
@@ -217,18 +218,17 @@ def reward_from_state(config: dict[str, Any], state: Mapping[str, Tensor], where
         raise CheckpointError(f"{where}, model: 'distributional_head': expected false with a context, got true")
     decoder = "model.decoder.decoder.net." if conditional else "model.decoder.net."
     names = _prefixed("model.target_encoder.", _linears(_TARGET)) | _prefixed(decoder, _DECODER)
-    model: RewardModel
+    kind: type[RewardModel]
+    if conditional:
+        kind, arguments = NPBTL, _context_arguments(where, config)
+        context = _context_names(arguments["inner"], arguments["pooling"])
+        names |= _prefixed(_CONTEXT, context, "encoder.")
+    else:
+        kind = DPL if config["distributional_head"] else BTL
+        arguments = {"embedding_width": config["input_dim"], "latent_width": config["hidden_dim"]}
     try:
         with torch.device("meta"):
-            if conditional:
-                model = NPBTL(**_context_arguments(where, config))
-                context = _context_names(config["context_input_encoder"], config["context_agg_func"])
-                names |= _prefixed("model.context_encoder.", context, "encoder.")
-            else:
-                kind = DPL if config["distributional_head"] else BTL
-                model = kind(config["input_dim"], config["hidden_dim"])
-    except CheckpointError:
-        raise
+            model = kind(**arguments)
     except ValueError as error:
         raise CheckpointError(f"{where}, model: {error}") from error
     _load(where, model, names, state)
@@ -236,6 +236,20 @@ def reward_from_state(config: dict[str, Any], state: Mapping[str, Tensor], where
 
 
 # ---------------------------------------------------------------- policies
+
+
+def encoder_from_state(
+    config: dict[str, Any], state: Mapping[str, Tensor], where: str, prefix: str = ""
+) -> ContextEncoder:
+    """The context encoder of the reference's configuration and state, in evaluation mode."""
+    arguments = _context_arguments(where, config)
+    try:
+        with torch.device("meta"):
+            encoder = ContextEncoder(**arguments)
+    except ValueError as error:
+        raise CheckpointError(f"{where}, model: {error}") from error
+    _load(where, encoder, _prefixed(prefix, _context_names(encoder.inner_kind, encoder.pooling)), state)
+    return encoder
 
 
 def policy_from_state(config: dict[str, Any], state: Mapping[str, Tensor], where: str) -> ReferencePolicy:
@@ -253,17 +267,8 @@ def policy_from_state(config: dict[str, Any], state: Mapping[str, Tensor], where
     if config["tune_llm"]:
         check_fields(f"{where}, model", config, {"lora_r": int, "lora_alpha": float})
         rank, alpha = config["lora_r"], float(config["lora_alpha"])
-    context_prefix = "model.context_encoder."
-    own = {name: tensor for name, tensor in state.items() if name.startswith(context_prefix)}
-    names = _context_names(config.get("context_input_encoder", ""), config.get("context_agg_func", ""))
-    try:
-        with torch.device("meta"):
-            encoder = ContextEncoder(**_context_arguments(where, config))
-    except CheckpointError:
-        raise
-    except ValueError as error:
-        raise CheckpointError(f"{where}, model: {error}") from error
-    _load(where, encoder, _prefixed(context_prefix, names), own)
+    own = {name: tensor for name, tensor in state.items() if name.startswith(_CONTEXT)}
+    encoder = encoder_from_state(config, own, where, _CONTEXT)
 
     # The adapter library puts one more "model." between its own wrapper and the base model.
     prefix = _LLM + "model." if config["tune_llm"] else _LLM

@@ -58,6 +58,13 @@ class Layout:
                 bias[site.gamma] = 1.0
         return bias
 
+    def adapter_columns(self) -> Tensor:
+        """1 in the modulated columns [modulated] that adapters read, 0 in FiLM's."""
+        columns = torch.ones(self.modulated)
+        for site in self.films:
+            columns[site.scale] = columns[site.shift] = 0.0
+        return columns
+
 
 def blocks_of(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The decoder blocks of a Hugging Face causal LM, with their path.

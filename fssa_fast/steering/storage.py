@@ -89,7 +89,7 @@ def save_policy(policy: SteerablePolicy, directory: str | os.PathLike[str], dtyp
 
     saved = SavedPolicy(
         FORMAT_VERSION,
-        policy.config,
+        policy.steering,
         describe_base(policy.model),
         None if policy.embedder is None else policy.embedder.config,
         __version__,

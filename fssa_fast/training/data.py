@@ -1,0 +1,141 @@
+"""From users' choices to batches for NP-DPO: contexts and targets that never meet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from fssa_fast.nn import pack_choices
+
+
+@dataclass(frozen=True)
+class Preference:
+    """One choice of a user between two answers to a prompt (a text, or a chat of {"role", "content"}).
+
+    `group` is what a context must not share with a target (a topic, a statement). An answer that did not end (it was
+    cut off) is trained without its end token. `pair` holds the embeddings [2, E], chosen first.
+    """
+
+    prompt: str | Sequence[Mapping[str, str]]
+    chosen: str
+    rejected: str
+    group: str
+    pair: Tensor
+    chosen_ended: bool = True
+    rejected_ended: bool = True
+
+
+@dataclass(frozen=True)
+class TargetRow:
+    """One answer as token ids; the response is ids[start:end]. `key` names the answer in the cache of the reference."""
+
+    ids: list[int]
+    start: int
+    key: str
+
+
+class PreferenceData(Dataset[dict[str, Any]]):
+    """Draws examples: a user, a context of 0 to `max_context` choices, and targets of other groups.
+
+    Example i is a function of (seed, i) alone, so that a run resumed at any step sees what an uninterrupted one saw.
+
+    Args:
+        users: each user's choices, by name. tokenizer: of the base model.
+        length: how many examples an epoch has. max_context: the largest K. targets: pairs an example.
+        max_tokens: longer rows are cut at the end.
+    Raises: ValueError for a user whose choices are all of one group: nothing would be left to predict.
+    """
+
+    def __init__(
+        self,
+        users: Mapping[str, Sequence[Preference]],
+        tokenizer: Any,
+        *,
+        length: int,
+        max_context: int = 10,
+        targets: int = 2,
+        max_tokens: int = 256,
+        seed: int = 0,
+    ) -> None:
+        for name, choices in users.items():
+            if len({choice.group for choice in choices}) < 2:
+                raise ValueError(f"users: expected choices of two groups or more for {name!r}, got one or none")
+        if max_context < 0 or targets < 1:
+            raise ValueError(f"max_context, targets: expected >= 0 and >= 1, got {max_context} and {targets}")
+        self.users, self.names, self.tokenizer = dict(users), sorted(users), tokenizer
+        self.length, self.max_context, self.targets = length, max_context, targets
+        self.max_tokens, self.seed = max_tokens, seed
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        draw = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
+
+        def below(count: int) -> int:
+            return int(torch.randint(count, (), generator=draw))
+
+        choices = self.users[self.names[below(len(self.names))]]
+        groups = sorted({choice.group for choice in choices})
+        order = torch.randperm(len(groups), generator=draw).tolist()
+        count = 1 + below(len(groups) - 1)  # groups the context may draw from; the others are left for targets
+        own = {groups[i] for i in order[:count]}
+        context = [choice for choice in choices if choice.group in own]
+        others = [choice for choice in choices if choice.group not in own]
+        size = min(below(self.max_context + 1), len(context))
+        picked = [context[i] for i in torch.randperm(len(context), generator=draw)[:size].tolist()]
+        wanted = [others[i] for i in torch.randperm(len(others), generator=draw)[: self.targets].tolist()]
+        # Which side a context's chosen option stands on carries no information: it is always the first.
+        pairs = torch.stack([c.pair for c in picked]) if picked else choices[0].pair.new_empty(0, *choices[0].pair.shape)
+        return {"pairs": pairs, "rows": [self._rows(choice) for choice in wanted]}
+
+    def _rows(self, choice: Preference) -> tuple[TargetRow, TargetRow]:
+        return (
+            encode_answer(self.tokenizer, choice.prompt, choice.chosen, choice.chosen_ended, self.max_tokens),
+            encode_answer(self.tokenizer, choice.prompt, choice.rejected, choice.rejected_ended, self.max_tokens),
+        )
+
+
+def encode_answer(
+    tokenizer: Any, prompt: str | Sequence[Mapping[str, str]], answer: str, ended: bool, max_tokens: int
+) -> TargetRow:
+    """A prompt and an answer as token ids; raises ValueError where the prompt alone fills max_tokens."""
+    if isinstance(prompt, str):
+        start = tokenizer(prompt)["input_ids"]
+    else:
+        start = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=True, return_dict=True)[
+            "input_ids"
+        ]
+    if not 1 <= len(start) < max_tokens:
+        raise ValueError(f"prompt: expected 1 to {max_tokens - 1} tokens, got {len(start)}")
+    response = tokenizer(answer, add_special_tokens=False)["input_ids"] + ([tokenizer.eos_token_id] if ended else [])
+    ids = (list(start) + response)[:max_tokens]
+    return TargetRow(ids, len(start), f"{tokenizer.decode(start)}\x00{answer}\x00{ended}\x00{max_tokens}")
+
+
+def collate(examples: Sequence[Mapping[str, Any]], pad: int) -> dict[str, Any]:
+    """A batch: contexts packed; target rows padded on the right, chosen and rejected of a pair one after the other.
+
+    Returns pairs [N, 2, E], choices [N], offsets [U + 1]; input_ids, attention_mask [B, T]; response_start,
+    response_end, slots [B]; keys, a list of B.
+    """
+    pairs = [example["pairs"] for example in examples]
+    packed = pack_choices(pairs, [torch.zeros(len(p), dtype=torch.long) for p in pairs])
+    rows = [(u, row) for u, example in enumerate(examples) for both in example["rows"] for row in both]
+    width = max(len(row.ids) for _, row in rows)
+    return {
+        "pairs": packed[0],
+        "choices": packed[1],
+        "offsets": packed[2],
+        "input_ids": torch.tensor([row.ids + [pad] * (width - len(row.ids)) for _, row in rows]),
+        "attention_mask": torch.tensor([[1] * len(row.ids) + [0] * (width - len(row.ids)) for _, row in rows]),
+        "response_start": torch.tensor([row.start for _, row in rows]),
+        "response_end": torch.tensor([len(row.ids) for _, row in rows]),
+        "slots": torch.tensor([u for u, _ in rows], dtype=torch.int32),
+        "keys": [row.key for _, row in rows],
+    }

@@ -1,0 +1,172 @@
+"""Training a policy by NP-DPO, on transformers' Trainer."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer, TrainingArguments
+
+from fssa_fast.steering.policy import SteerablePolicy
+from fssa_fast.steering.storage import WEIGHTS_NAME, load_adapter
+from fssa_fast.training.data import collate
+from fssa_fast.training.objectives import NPDPOLoss, np_dpo, response_log_probs
+
+
+@dataclass
+class NPDPOArguments(TrainingArguments):
+    """transformers' TrainingArguments and NP-DPO's own.
+
+    beta: of DPO. likelihood_weight: of minus the chosen answer's log-likelihood a token.
+    film_learning_rate_ratio: the modulator's FiLM columns learn at this share of the learning rate: FiLM multiplies
+        through all blocks, and the adapters' step is too large for it.
+    chunk: response tokens whose logits exist at one time.
+    """
+
+    beta: float = 0.1
+    likelihood_weight: float = 1.0
+    film_learning_rate_ratio: float = 0.05
+    chunk: int = 512
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.remove_unused_columns = False  # the batch is made for the steering, not for the model's forward
+
+
+def policy_log_probs(
+    policy: SteerablePolicy, batch: dict[str, Any], rows: Tensor | None, slots: Tensor | None, chunk: int = 512
+) -> Tensor:
+    """Log-probability [B] of each row's response; rows and slots as for `SteerablePolicy.hidden`, None: the base."""
+    hidden = policy.hidden(batch["input_ids"], batch["attention_mask"], rows=rows, slots=slots)
+    return response_log_probs(
+        hidden, policy.logits, batch["input_ids"], batch["response_start"], batch["response_end"], chunk=chunk
+    )
+
+
+class ReferenceCache:
+    """The base model's log-probability of each answer, computed once: from the same weights, with the users off."""
+
+    def __init__(self) -> None:
+        self._known: dict[bytes, float] = {}
+
+    @staticmethod
+    def _key(text: str) -> bytes:
+        return hashlib.sha256(text.encode()).digest()
+
+    @torch.no_grad()
+    def log_probs(self, policy: SteerablePolicy, batch: dict[str, Any], chunk: int) -> Tensor:
+        """[B]; runs the base model on the rows not seen before."""
+        keys = [self._key(key) for key in batch["keys"]]
+        new = [i for i, key in enumerate(keys) if key not in self._known]
+        if new:
+            part = {name: value[new] for name, value in batch.items() if name in _ROW_TENSORS}
+            for i, value in zip(new, policy_log_probs(policy, part, None, None, chunk).tolist(), strict=True):
+                self._known[keys[i]] = value
+        return torch.tensor([self._known[key] for key in keys], device=batch["input_ids"].device)
+
+
+_ROW_TENSORS = ("input_ids", "attention_mask", "response_start", "response_end")
+
+
+class NPDPOTrainer(Trainer):
+    """Trains encoder, modulator and adapters of a policy; the base model stays as it is and is its own reference.
+
+    Checkpoints hold the adapter only, as `SteerablePolicy.save_pretrained` writes it.
+    """
+
+    args: NPDPOArguments
+
+    def __init__(self, policy: SteerablePolicy, args: NPDPOArguments, train_dataset: Any, **options: Any) -> None:
+        pad = policy.tokenizer.pad_token_id
+        options.setdefault("data_collator", partial(collate, pad=policy.tokenizer.eos_token_id if pad is None else pad))
+        super().__init__(model=policy, args=args, train_dataset=train_dataset, **options)
+        self.model_accepts_loss_kwargs = False  # the loss is a mean: accumulation has to divide it
+        self.reference = ReferenceCache()
+        self._sums: dict[str, float] = {}
+        self._count = 0
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        policy: SteerablePolicy = self.accelerator.unwrap_model(model)
+        out = np_dpo_loss(policy, inputs, self.reference, self.args)
+        self._note(accuracy=out.accuracy, margin=out.margin.mean(), likelihood=out.likelihood)
+        return (out.loss, {"margin": out.margin}) if return_outputs else out.loss
+
+    def _note(self, **values: Tensor | None) -> None:
+        self._count += 1
+        for name, value in values.items():
+            if value is not None:
+                self._sums[name] = self._sums.get(name, 0.0) + float(value.detach())
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs and self._count:
+            logs |= {name: round(total / self._count, 4) for name, total in self._sums.items()}
+            self._sums, self._count = {}, 0
+        super().log(logs, *args, **kwargs)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(*args, **kwargs)
+        policy: SteerablePolicy = self.accelerator.unwrap_model(self.model)
+        ratio = torch.ones(policy.layout.modulated)
+        for site in policy.layout.films:
+            ratio[site.scale] = ratio[site.shift] = self.args.film_learning_rate_ratio
+        for parameter in (policy.modulator.weight, policy.modulator.bias):
+            scale_steps(optimizer, parameter, ratio.to(parameter.device))
+        return optimizer
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        folder = output_dir or self.args.output_dir
+        self.accelerator.unwrap_model(self.model).save_pretrained(folder)
+        torch.save(self.args, Path(folder) / "training_args.bin")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        policy = self.accelerator.unwrap_model(self.model if model is None else model)
+        load_adapter(policy, Path(resume_from_checkpoint) / WEIGHTS_NAME)
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+
+
+def np_dpo_loss(
+    policy: SteerablePolicy, batch: dict[str, Any], reference: ReferenceCache, args: NPDPOArguments
+) -> NPDPOLoss:
+    """NP-DPO of a collated batch: contexts to latents to rows, and the answers' log-probabilities under them."""
+    noise = None
+    if policy.encoder.sampled:
+        noise = torch.randn(len(batch["offsets"]) - 1, policy.encoder.latent_width, device=batch["pairs"].device)
+    latents = policy.encoder.latents(batch["pairs"], batch["choices"], batch["offsets"], noise)
+    ours = policy_log_probs(policy, batch, policy.rows(latents), batch["slots"], args.chunk)
+    base = reference.log_probs(policy, batch, args.chunk)
+    tokens = (batch["response_end"] - batch["response_start"]).view(-1, 2)[:, 0]
+    return np_dpo(
+        ours.view(-1, 2),
+        base.view(-1, 2).to(ours),
+        beta=args.beta,
+        likelihood_weight=args.likelihood_weight,
+        chosen_tokens=tokens,
+    )
+
+
+def scale_steps(optimizer: torch.optim.Optimizer, parameter: Tensor, ratio: Tensor) -> None:
+    """Scales every step of `parameter` by `ratio`, one number a row: a learning rate for each row.
+
+    Adam's steps do not depend on the scale of the gradient, and rows of one tensor cannot be in different groups.
+    """
+    before: dict[str, Tensor] = {}
+    ratio = ratio.view(-1, *[1] * (parameter.dim() - 1))
+
+    def remember(*_: Any) -> None:
+        before["value"] = parameter.detach().clone()
+
+    def scale(*_: Any) -> None:
+        with torch.no_grad():
+            parameter.copy_(before["value"].lerp(parameter, ratio.expand_as(parameter)))
+
+    optimizer.register_step_pre_hook(remember)
+    optimizer.register_step_post_hook(scale)
