@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -10,11 +11,12 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
+from fssa_fast.generation.prompts import Prompt, prompt_ids
+
 if TYPE_CHECKING:
     from fssa_fast.steering.policy import SteerablePolicy
 
-Message = Mapping[str, str]
-Prompts = Sequence[str | Sequence[Message]] | Tensor
+Prompts = Sequence[Prompt] | Tensor
 
 
 def generate(
@@ -36,8 +38,15 @@ def generate(
 
     Returns: for texts and chats the answers, a text a prompt, or a list of texts a prompt with
         num_return_sequences > 1. For token ids, what `model.generate` returns.
-    Raises: ValueError where prompts and users are not as many, or a prompt is empty; UnknownUser.
+    Raises: TypeError where prompts or users are one text; ValueError where they are not as many, or a prompt is empty;
+        UnknownUser.
     """
+    if isinstance(prompts, str):
+        raise TypeError(f"prompts: expected a list of texts or chats, or token ids, got the text {prompts!r:.80}")
+    if isinstance(users, str):
+        raise TypeError(f"users: expected a list of names, one a prompt, got the text {users!r:.80}")
+    if isinstance(prompts, Tensor) and (prompts.dim() != 2 or prompts.is_floating_point() or not prompts.shape[1]):
+        raise ValueError(f"prompts: expected token ids [B, T], got {prompts.dtype} {list(prompts.shape)}")
     if len(prompts) != len(users):
         raise ValueError(f"users: expected one for each of the {len(prompts)} prompts, got {len(users)}")
     if len(prompts) == 0:
@@ -45,6 +54,10 @@ def generate(
     if isinstance(prompts, Tensor):
         inputs = {"input_ids": prompts}
         if attention_mask is not None:
+            if attention_mask.shape != prompts.shape:
+                raise ValueError(
+                    f"attention_mask: expected shape {list(prompts.shape)}, got {list(attention_mask.shape)}"
+                )
             inputs["attention_mask"] = attention_mask
     else:
         if attention_mask is not None:
@@ -61,7 +74,7 @@ def generate(
     return texts if returned == 1 else [texts[i : i + returned] for i in range(0, len(texts), returned)]
 
 
-def stream(policy: SteerablePolicy, prompt: str | Sequence[Message], user: str, **options: Any) -> Iterator[str]:
+def stream(policy: SteerablePolicy, prompt: Prompt, user: str, **options: Any) -> Iterator[str]:
     """Answers one prompt piece by piece, as the pieces come; leaving the loop early ends the generation.
 
     Args: as for `generate`, for one prompt and one user. Raises: what `generate` raises, at the first piece.
@@ -79,7 +92,8 @@ def stream(policy: SteerablePolicy, prompt: str | Sequence[Message], user: str, 
             failures.append(error)
             streamer.end()
 
-    worker = threading.Thread(target=run, daemon=True)
+    # In this thread's context: which backend was chosen holds for the worker too.
+    worker = threading.Thread(target=contextvars.copy_context().run, args=(run,), daemon=True)
     worker.start()
     try:
         yield from (piece for piece in streamer if piece)
@@ -98,22 +112,12 @@ class _Stopped(StoppingCriteria):
         return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
 
 
-def tokenize(policy: SteerablePolicy, prompts: Sequence[str | Sequence[Message]]) -> dict[str, Tensor]:
+def tokenize(policy: SteerablePolicy, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
     """Token ids [B, T] and attention mask of texts and chats, padded on the left, on the policy's device."""
     tokenizer = policy.tokenizer
     if tokenizer is None:
         raise ValueError("prompts: expected token ids, since this policy has no tokenizer; got texts")
-    rows = []
-    for i, prompt in enumerate(prompts):
-        if isinstance(prompt, str):
-            row = tokenizer(prompt)["input_ids"]
-        else:
-            row = tokenizer.apply_chat_template(
-                list(prompt), add_generation_prompt=True, tokenize=True, return_dict=True
-            )["input_ids"]
-        if not row:
-            raise ValueError(f"prompts[{i}]: expected at least one token, got an empty prompt")
-        rows.append(row)
+    rows = [prompt_ids(tokenizer, prompt, f"prompts[{i}]") for i, prompt in enumerate(prompts)]
     width, pad = max(map(len, rows)), _pad_token(tokenizer)
     ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=policy.device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=policy.device)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fssa_fast.ops import ContextWeights, context, latent_of
 from fssa_fast.ops._common import check_tensor
 from fssa_fast.ops.context import INNER, POOLING, context_reference
+from fssa_fast.ops.context import _check as check_context
 
 
 def check_count(name: str, value: int) -> None:
@@ -138,15 +139,13 @@ class ContextEncoder(nn.Module):
         Semantics, arguments and errors: as `fssa_fast.ops.context`.
         """
         check_tensor("pairs", pairs, (None, 2, self.embedding_width), self.inner0.weight)
+        weights, kind = self.weights(), (self.inner_kind, self.pooling, self.heads)
         if self.training and self.dropout > 0 and self.pooling == "self-attention":
             # Dropout is drawn for each weight of the attention matrix, which the kernels never form: only the
             # definition can apply it.
-            return context_reference(
-                pairs, choices, offsets, self.weights(), self.inner_kind, self.pooling, self.heads, self.dropout
-            )
-        return context(
-            pairs, choices, offsets, self.weights(), inner=self.inner_kind, pooling=self.pooling, heads=self.heads
-        )
+            check_context(pairs, choices, offsets, weights, *kind)
+            return context_reference(pairs, choices, offsets, weights, *kind, self.dropout)
+        return context(pairs, choices, offsets, weights, inner=self.inner_kind, pooling=self.pooling, heads=self.heads)
 
     def latents(self, pairs: Tensor, choices: Tensor, offsets: Tensor, noise: Tensor | None = None) -> Tensor:
         """The latents of packed choices, [U, H], or [S, U, H] where noise is [S, U, H].

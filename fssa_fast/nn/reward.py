@@ -28,8 +28,7 @@ def btl_log_probs(rewards: Tensor) -> Tensor:
 def dpl_log_probs(rewards: Tensor) -> Tensor:
     """Of normal rewards [..., 2, 2], mean and deviation of each option: the log-probability [..., 2] of each.
 
-    `t = (m_0 - m_1) / sqrt(s_0^2 + s_1^2)`, and the normal distribution function of t is taken as
-    `sigmoid(t sqrt(2 pi))`, which has the same slope at 0.
+    `t = (m_0 - m_1) / sqrt(s_0^2 + s_1^2)`, and the probability of option 0 is `sigmoid(t sqrt(2 pi))`.
     """
     mean, deviation = rewards.unbind(-1)
     t = (mean[..., 0] - mean[..., 1]) / deviation.square().sum(-1).sqrt()

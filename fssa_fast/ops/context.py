@@ -42,24 +42,22 @@ class ContextWeights(NamedTuple):
 
 
 def _encode_user(
-    chosen: Tensor, rejected: Tensor, w: ContextWeights, inner: str, pooling: str, heads: int, dropout: float
+    chosen: Tensor, rejected: Tensor, w: ContextWeights, pooling: str, heads: int, dropout: float
 ) -> Tensor:
     """One user's K choices, chosen [K, E] and rejected [K, E], to the outer encoder's output [Z]."""
     h = F.linear(torch.cat([chosen, rejected], -1), w.inner0, w.inner0_bias)
-    if inner == "mlp":
+    if w.inner1 is not None:
         h = F.linear(h.relu(), w.inner1, w.inner1_bias)
     count, width = h.shape
-    if count == 0:
-        pooled = h.new_zeros(width)
-    elif pooling == "sum":
-        pooled = h.sum(0)
-    elif pooling == "mean":
-        pooled = h.mean(0)
-    else:
+    if count and w.qkv is not None and w.out is not None:
         q, k, v = F.linear(h, w.qkv, w.qkv_bias).view(count, 3, heads, width // heads).permute(1, 2, 0, 3)
         attention = torch.softmax(q @ k.mT * (width // heads) ** -0.5, -1)
         attended = (F.dropout(attention, dropout) @ v).transpose(0, 1).reshape(count, width)
         pooled = F.linear(attended, w.out, w.out_bias).sum(0)
+    elif count and pooling == "mean":
+        pooled = h.mean(0)
+    else:  # the sum of no choices is zero, and so is their mean
+        pooled = h.sum(0)
     return F.linear(F.linear(pooled, w.outer0, w.outer0_bias).relu(), w.outer1, w.outer1_bias)
 
 
@@ -74,14 +72,14 @@ def context_reference(
     dropout: float = 0.0,
 ) -> Tensor:
     """The definition: each user by itself, in plain PyTorch. `dropout` on the attention is for training only."""
-    w = ContextWeights(*weights)
+    w = ContextWeights(*weights)  # type: ignore[arg-type]
     check_choices(choices)
     which = choices.long().view(-1, 1, 1).expand(-1, 1, pairs.shape[-1])
     chosen, rejected = pairs.gather(1, which).squeeze(1), pairs.gather(1, 1 - which).squeeze(1)
     spans = offsets.tolist()
     check_offsets(spans, pairs.shape[0])
     encoded = [
-        _encode_user(chosen[begin:end], rejected[begin:end], w, inner, pooling, heads, dropout)
+        _encode_user(chosen[begin:end], rejected[begin:end], w, pooling, heads, dropout)
         for begin, end in zip(spans[:-1], spans[1:], strict=True)
     ]
     return torch.stack(encoded) if encoded else pairs.new_zeros(0, w.outer1.shape[0])

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -82,7 +82,7 @@ def _rows_fit(hidden: Tensor, users: ActiveUsers) -> None:
 
 
 def _film_hook(block: nn.Module, args: Any, output: Any) -> Any:
-    child = block.fssa
+    child: FilmChild = block.fssa  # type: ignore[assignment]
     users = child.current.users
     if users is None:
         return None
@@ -94,7 +94,7 @@ def _film_hook(block: nn.Module, args: Any, output: Any) -> Any:
 
 
 def _lora_hook(projection: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-    child = projection.fssa
+    child: LoraChild = projection.fssa  # type: ignore[assignment]
     users = child.current.users
     if users is None:
         return None
@@ -118,9 +118,10 @@ class Attachment:
     handles: list[RemovableHandle]
 
     def children(self) -> Iterator[tuple[str, LoraChild]]:
-        """The projections that carry adapters: (path, child)."""
+        """The projections that carry adapters: (path, child). Raises RuntimeError after `remove`."""
+        self.check()
         for path in dict.fromkeys(site.path for site in self.layout.loras):
-            yield path, self.model.get_submodule(path).fssa
+            yield path, cast(LoraChild, self.model.get_submodule(path).fssa)
 
     def adapter(self, number: int) -> Iterator[tuple[LoraSite, nn.Parameter, nn.Parameter]]:
         """The sites of one adapter (by its place in the configuration): (site, A, B transposed)."""
@@ -129,11 +130,17 @@ class Attachment:
                 if site.adapter == number:
                     yield site, a, b
 
+    def check(self) -> None:
+        """Raises RuntimeError after `remove`: the model would answer as the base model, whoever is asked for."""
+        if not self.handles:
+            raise RuntimeError("policy: expected one attached to its base model, got one that was detached")
+
     def remove(self) -> None:
-        """Takes hooks and children off: the model is as it was."""
-        for handle in self.handles:
-            handle.remove()
-        for path in {site.path for site in (*self.layout.films, *self.layout.loras)}:
+        """Takes hooks and children off: the model is as it was. Raises RuntimeError the second time."""
+        self.check()
+        while self.handles:
+            self.handles.pop().remove()
+        for path in {site.path for site in self.layout.films} | {site.path for site in self.layout.loras}:
             del self.model.get_submodule(path).fssa
 
 
@@ -142,9 +149,9 @@ def attach(model: nn.Module, layout: Layout) -> Attachment:
     if any(name.rsplit(".", 1)[-1] == "fssa" for name, _ in model.named_modules()):
         raise ValueError("model: expected one without a steering attached, got one that carries one; detach it first")
     current, handles = CurrentUsers(), []
-    for site in layout.films:
-        block = model.get_submodule(site.path)
-        block.add_module("fssa", FilmChild(site, current))
+    for film_site in layout.films:
+        block = model.get_submodule(film_site.path)
+        block.add_module("fssa", FilmChild(film_site, current))
         handles.append(block.register_forward_hook(_film_hook))
     by_path: dict[str, list[LoraSite]] = {}
     for site in layout.loras:

@@ -44,8 +44,9 @@ class Bank:
         """The columns that hold the plain adapters' strengths: a view [S, P]."""
         return self.rows[:, self.layout.modulated :]
 
-    def take(self, count: int = 1) -> list[int]:
-        """Reserves slots. Raises BankFull, taking none, where fewer are free."""
+    @contextmanager
+    def take(self, count: int = 1) -> Iterator[list[int]]:
+        """Reserves slots, and gives them back where the block raises. Raises BankFull where fewer are free."""
         with self._lock:
             if len(self._free) < count:
                 used = self.capacity - len(self._free)
@@ -53,7 +54,13 @@ class Bank:
                     f"users: expected room for {count} in a bank of {self.capacity}, got {used} slots in use; remove "
                     "users, wait for generations to end, or make the policy with a larger capacity"
                 )
-            return [self._free.pop() for _ in range(count)]
+            slots = [self._free.pop() for _ in range(count)]
+        try:
+            yield slots
+        except BaseException:
+            for slot in slots:
+                self.release(slot)
+            raise
 
     def release(self, slot: int) -> None:
         """Gives a slot back, at once or when its last pin is gone."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -23,23 +24,37 @@ class Choice:
     prompt: str = ""
 
     def __post_init__(self) -> None:
-        kinds = isinstance(self.chosen, str), isinstance(self.rejected, str)
-        if kinds[0] != kinds[1]:
-            raise TypeError("choice: expected two texts or two embeddings, got one of each")
-        same = self.chosen == self.rejected if kinds[0] else _equal(self.chosen, self.rejected)
+        chosen, rejected = self.chosen, self.rejected
+        if isinstance(chosen, str) and isinstance(rejected, str):
+            same = chosen == rejected
+        elif _is_embedding(chosen) and _is_embedding(rejected):
+            same = chosen.shape == rejected.shape and torch.equal(chosen, rejected)
+        else:
+            raise TypeError(
+                f"choice: expected two texts or two floating embeddings, got {_kind(chosen)} and {_kind(rejected)}"
+            )
         if same:
             raise ValueError("choice: expected two different options, got a thing and itself")
+        if not isinstance(self.prompt, str):
+            raise TypeError(f"choice: expected a text for prompt, got {_kind(self.prompt)}")
 
 
-def _equal(a: str | Tensor, b: str | Tensor) -> bool:
-    return isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape and torch.equal(a, b)
+def _is_embedding(option: object) -> TypeGuard[Tensor]:
+    return isinstance(option, Tensor) and option.is_floating_point()
+
+
+def _kind(value: object) -> str:
+    return f"a tensor of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def embed_choices(choices: Sequence[Choice], width: int, embedder: TextEmbedder | None) -> Tensor:
     """The choices as pairs [K, 2, E] in float32, chosen first.
 
-    Raises ValueError for texts without an embedder, embeddings of another width, NaN or infinite ones.
+    Raises TypeError for what is no sequence of choices; ValueError for texts without an embedder, embeddings of another
+    width, NaN or infinite ones.
     """
+    if not isinstance(choices, Sequence) or not all(isinstance(choice, Choice) for choice in choices):
+        raise TypeError(f"choices: expected a sequence of Choice, got {choices!r:.80}")
     pairs = torch.empty(len(choices), 2, width)
     texts = [
         embedder_text
@@ -57,7 +72,7 @@ def embed_choices(choices: Sequence[Choice], width: int, embedder: TextEmbedder 
                 raise ValueError(
                     f"choices[{k}].{name}: expected an embedding of shape [{width}], got {list(vector.shape)}"
                 )
-            if not torch.isfinite(vector).all():
-                raise ValueError(f"choices[{k}].{name}: expected finite numbers, got NaN or infinity")
             pairs[k, side] = vector.detach()
+            if not torch.isfinite(pairs[k, side]).all():
+                raise ValueError(f"choices[{k}].{name}: expected numbers finite in float32, got NaN or infinity")
     return pairs

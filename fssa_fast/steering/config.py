@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import types
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -40,10 +41,15 @@ class LoraConfig:
     modulation: Literal["none", "scale", "scale_shift"] = "scale_shift"
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ConfigError(f"rank: expected at least 1, got {self.rank}")
-        if not self.targets:
-            raise ConfigError("targets: expected at least one projection's name, got none")
+        named = isinstance(self.targets, tuple) and all(isinstance(name, str) and name for name in self.targets)
+        if not named or not self.targets:
+            raise ConfigError(f"targets: expected a tuple of projections' names, at least one, got {self.targets!r}")
+        if type(self.rank) is not int or self.rank < 1:
+            raise ConfigError(f"rank: expected an integer >= 1, got {self.rank!r}")
+        if type(self.alpha) not in (int, float) or not math.isfinite(self.alpha):
+            raise ConfigError(f"alpha: expected a finite number, got {self.alpha!r}")
+        if self.modulation not in ("none", "scale", "scale_shift"):
+            raise ConfigError(f"modulation: expected none, scale or scale_shift, got {self.modulation!r}")
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,14 @@ class SteeringConfig:
     loras: tuple[LoraConfig, ...] = field(default_factory=tuple)
 
     def __post_init__(self) -> None:
-        if self.film is False and not self.loras:
+        blocks = self.film if isinstance(self.film, tuple) else ()
+        if not isinstance(self.film, bool | tuple) or any(type(index) is not int for index in blocks):
+            raise ConfigError(f"film: expected True, False, or a tuple of blocks' indices, got {self.film!r}")
+        if len(set(blocks)) != len(blocks):
+            raise ConfigError(f"film: expected each block once, got {self.film!r}")
+        if not isinstance(self.loras, tuple) or not all(isinstance(lora, LoraConfig) for lora in self.loras):
+            raise ConfigError(f"loras: expected a tuple of LoraConfig, got {self.loras!r}")
+        if not self.film and not self.loras:
             raise ConfigError("film, loras: expected at least one way to steer, got none")
 
 

@@ -27,19 +27,33 @@ class EmbedderConfig:
     fingerprint: tuple[float, ...] = ()
 
 
-def weight_fingerprint(model: nn.Module) -> tuple[float, ...]:
+def weight_fingerprint(model: Any) -> tuple[float, ...]:
     """Eight numbers that tell one set of weights from another, and survive rounding to bfloat16.
 
-    The norms of eight rows, evenly spread, of the input embeddings.
+    Eight rows, evenly spread, of the input embeddings, each projected on one fixed direction. (Norms would not do: in
+    wide models those of all rows, whatever the weights, are nearly the same.)
     """
     table = model.get_input_embeddings().weight.detach()
     rows = torch.linspace(0, table.shape[0] - 1, 8).round().long().to(table.device)
-    return tuple(round(float(norm), 6) for norm in table[rows].float().norm(dim=-1))
+    direction = torch.arange(table.shape[1], dtype=torch.float32).cos()
+    return tuple(round(float(value), 6) for value in table[rows].float().cpu() @ direction)
 
 
 def same_fingerprint(a: Sequence[float], b: Sequence[float]) -> bool:
     """Whether two fingerprints are of the same weights, up to rounding."""
-    return len(a) == len(b) and all(abs(x - y) <= 0.02 * max(abs(x), abs(y), 1e-3) for x, y in zip(a, b, strict=True))
+    allowed = 0.02 * max([1e-3, *map(abs, a)])
+    return len(a) == len(b) and all(abs(x - y) <= allowed for x, y in zip(a, b, strict=True))
+
+
+def _is_template(template: str) -> bool:
+    # Plain fields only: a format specification can pad a text to any length, an attribute can reach anything.
+    try:
+        fields = [field for _, *field in string.Formatter().parse(template) if field[0] is not None]
+    except ValueError:
+        return False
+    return all(field in (["prompt", "", None], ["response", "", None]) for field in fields) and (
+        "response" in [name for name, _, _ in fields]
+    )
 
 
 class TextEmbedder:
@@ -64,8 +78,7 @@ class TextEmbedder:
     ) -> None:
         if pooling not in ("mean", "first", "last"):
             raise ValueError(f"pooling: expected mean, first or last, got {pooling!r}")
-        names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
-        if set(names) - {"prompt", "response"} or "response" not in names:
+        if not _is_template(template):
             raise ValueError(f"template: expected the fields {{prompt}} and {{response}} alone, got {template!r}")
         self.model, self.tokenizer = model.eval(), tokenizer
         self.batch, self.cache_size = batch, cache
@@ -137,6 +150,9 @@ class TextEmbedder:
         ).to(self.model.device)
         hidden = self.model(**batch).last_hidden_state.float()
         mask = batch["attention_mask"].unsqueeze(-1)
+        if not mask.any(1).all():
+            empty = texts[int((~mask.any(1)).nonzero()[0, 0])]
+            raise ValueError(f"texts: expected at least one token each, got {empty!r:.80}")
         if self.config.pooling == "mean":
             pooled = (hidden * mask).sum(1) / mask.sum(1)
         else:  # the first or last token that is not padding, whichever side the padding is on

@@ -32,7 +32,7 @@ def config_from_reference(source: ReferencePolicy) -> SteeringConfig:
 
 
 def build_policy(source: ReferencePolicy, model: Any, **options: Any) -> SteerablePolicy:
-    """Attaches the checkpoint's steering to `model`. Raises CheckpointError where a projection or width does not fit."""
+    """Attaches the checkpoint's steering to `model`. Raises CheckpointError where projections or widths do not fit."""
     policy = SteerablePolicy(model, config_from_reference(source), **options)
     try:
         with torch.no_grad():

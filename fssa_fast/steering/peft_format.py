@@ -8,27 +8,39 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers.pytorch_utils import Conv1D
 
-from fssa_fast.nn.files import CheckpointError, read_tensors, read_text, write_pair
+from fssa_fast.nn.files import CheckpointError, read_text, write_pair
 from fssa_fast.steering.config import LoraConfig
-from fssa_fast.steering.sites import LoraSite, projection_widths
+from fssa_fast.steering.sites import LoraSite
+from fssa_fast.steering.storage import read_adapter
 
 if TYPE_CHECKING:
     from fssa_fast.steering.policy import SteerablePolicy
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 
-# What changes the computation and is not plain LoRA on whole projections, with the value that leaves it alone.
-_PLAIN = {
-    "use_dora": False,
-    "use_rslora": False,
-    "bias": "none",
-    "fan_in_fan_out": None,
-    "modules_to_save": None,
-    "rank_pattern": {},
-    "alpha_pattern": {},
-    "layers_to_transform": None,
-    "lora_bias": False,
+# What changes the computation, with the values, beside those that say nothing, that leave plain LoRA.
+_PLAIN: dict[str, tuple[Any, ...]] = {
+    "use_dora": (),
+    "use_rslora": (),
+    "use_qalora": (),
+    "use_bdlora": (),
+    "bias": ("none",),
+    "lora_bias": (),
+    "modules_to_save": (),
+    "rank_pattern": (),
+    "alpha_pattern": (),
+    "layers_to_transform": (),
+    "layer_replication": (),
+    "target_parameters": (),
+    "trainable_token_indices": (),
+    "alora_invocation_tokens": (),
+    "arrow_config": (),
+    "kasa_config": (),
+    "monteclora_config": (),
+    "velora_config": (),
+    "init_lora_weights": (True, "gaussian", "orthogonal", "eva"),  # others change the base's weights too
 }
 
 
@@ -45,13 +57,15 @@ def read_peft_config(directory: str | os.PathLike[str]) -> LoraConfig:
     path = Path(directory) / CONFIG_NAME
     try:
         data = json.loads(read_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
+    except CheckpointError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not JSON: {error}") from error
     if not isinstance(data, dict) or data.get("peft_type") != "LORA":
         raise CheckpointError(f"{path}: expected a LoRA adapter of PEFT")
     for key, plain in _PLAIN.items():
-        if key in data and data[key] not in (plain, None, False, {}, []) and key != "fan_in_fan_out":
-            raise CheckpointError(f"{path}: {key}: expected {plain!r}, got {data[key]!r}: not plain LoRA")
+        if data.get(key) and data[key] not in plain:
+            raise CheckpointError(f"{path}: {key}: expected plain LoRA's, got {data[key]!r}")
     targets, rank, alpha = data.get("target_modules"), data.get("r"), data.get("lora_alpha")
     if not isinstance(targets, list) or not targets or not all(isinstance(name, str) for name in targets):
         raise CheckpointError(f"{path}: target_modules: expected a list of names, got {targets!r}")
@@ -63,7 +77,7 @@ def read_peft_config(directory: str | os.PathLike[str]) -> LoraConfig:
 
 
 def load_peft(policy: SteerablePolicy, directory: str | os.PathLike[str]) -> None:
-    """Fills the policy's plain adapter from PEFT's files. Raises CheckpointError, changing nothing, where they differ."""
+    """Fills the policy's plain adapter from PEFT's files. Raises CheckpointError, changing nothing, if they differ."""
     number = plain_adapter(policy)
     have, found = policy.steering.loras[number], read_peft_config(directory)
     if (have.rank, have.alpha) != (found.rank, found.alpha):
@@ -74,7 +88,7 @@ def load_peft(policy: SteerablePolicy, directory: str | os.PathLike[str]) -> Non
     places = {_peft_name(site, matrix): t for site, *ab in policy.attachment.adapter(number)
               for matrix, t in zip("AB", ab, strict=True)}  # fmt: skip
     expected = {name: (t.T if name.endswith("lora_B.weight") else t).to("meta") for name, t in places.items()}
-    tensors = read_tensors(Path(directory) / WEIGHTS_NAME, expected)
+    tensors = read_adapter(Path(directory) / WEIGHTS_NAME, expected)
     with torch.no_grad():
         for name, tensor in tensors.items():
             places[name].copy_(tensor.T if name.endswith("lora_B.weight") else tensor)
@@ -108,7 +122,6 @@ def _peft_name(site: LoraSite, matrix: str) -> str:
 
 
 def _transposed(policy: SteerablePolicy) -> bool:
-    # PEFT has to be told of projections that hold their weight as [inputs, outputs] (GPT-2's Conv1D).
-    site = policy.layout.loras[0]
-    weight = policy.model.get_submodule(site.path).weight
-    return tuple(weight.shape) == projection_widths(policy.model.get_submodule(site.path)) != weight.shape[::-1]
+    # PEFT has to be told of projections that hold their weight as [inputs, outputs].
+    sites = policy.attachment.adapter(plain_adapter(policy))
+    return any(isinstance(policy.model.get_submodule(site.path), Conv1D) for site, _, _ in sites)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from fssa_fast.generation.generate import Prompts, generate, stream
 from fssa_fast.nn import ContextEncoder, Modulator
+from fssa_fast.ops._common import check_tensor
 from fssa_fast.steering.attach import ActiveUsers, attach, checkpoint_contexts
 from fssa_fast.steering.bank import Bank
 from fssa_fast.steering.config import SteeringConfig
@@ -54,28 +56,23 @@ class SteerablePolicy(nn.Module):
         layout = plan_sites(model, config)
         parameter = next(model.parameters())
         kind = {"device": parameter.device, "dtype": torch.get_default_dtype()}
-        for base in model.parameters():
-            base.requires_grad_(False)
         self.model, self.steering, self.layout = model, config, layout
         self.tokenizer, self.embedder = tokenizer, embedder
-        e = config.encoder
-        self.encoder = ContextEncoder(
-            e.embedding_width,
-            e.latent_width,
-            inner=e.inner,
-            pooling=e.pooling,
-            heads=e.heads,
-            dropout=e.dropout,
-            sampled=e.sampled,
-        ).to(**kind)
+        self.encoder = ContextEncoder(**asdict(config.encoder)).to(**kind)
         self.modulator = Modulator(
-            e.latent_width, layout.modulated, init=layout.initial_bias(), std=modulation_std * layout.adapter_columns()
+            config.encoder.latent_width,
+            layout.modulated,
+            init=layout.initial_bias(),
+            std=modulation_std * layout.adapter_columns(),
         ).to(**kind)
-        self.attachment = attach(model, layout)
         self.bank = Bank(layout, capacity, model.dtype, parameter.device)
         self.users = Users(self)
-        self.eval()
         self.users.refresh()
+        base = list(model.parameters())
+        self.attachment = attach(model, layout)  # the first step that changes the model, and the last that may raise
+        for weight in base:
+            weight.requires_grad_(False)
+        self.eval()
 
     # ------------------------------------------------------------ loading and saving
 
@@ -144,13 +141,15 @@ class SteerablePolicy(nn.Module):
         prompt, name each user as often as the batch repeats it; `policy.generate` does so by itself.
         Yields the slots [B]. Raises UnknownUser.
         """
-        with self.users.slots(users) as slots, self.attachment.current.serve(ActiveUsers(self.bank.rows, slots)):
+        with self.users.slots(users) as slots, self._serve(self.bank.rows, slots):
             yield slots
 
     def rows(self, latents: Tensor) -> Tensor:
         """The rows [U, M] of latents [U, H], differentiable: for training, where `forward` takes them."""
         modulations = self.modulator(latents)
-        return torch.cat([modulations, modulations.new_ones(len(latents), self.layout.width - self.layout.modulated)], 1)
+        return torch.cat(
+            [modulations, modulations.new_ones(len(latents), self.layout.width - self.layout.modulated)], 1
+        )
 
     def forward(self, *args: Any, rows: Tensor | None = None, slots: Tensor | None = None, **kwargs: Any) -> Any:
         """The base model's forward, steered.
@@ -160,35 +159,64 @@ class SteerablePolicy(nn.Module):
             slots: the row of each batch row, int32 or int64 [B]; None is the base model.
             the others: the model's own.
         """
-        with self.attachment.current.serve(self._active(rows, slots)):
+        with self._serve(rows, slots):
             return self.model(*args, **kwargs)
 
-    def _active(self, rows: Tensor | None, slots: Tensor | None) -> ActiveUsers | None:
+    def _serve(self, rows: Tensor | None, slots: Tensor | None) -> AbstractContextManager[None]:
+        self.attachment.check()
         if slots is None:
             if rows is not None:
                 raise ValueError("slots: expected one for each batch row, since rows are given; got None")
-            return None
-        return ActiveUsers(self.bank.rows if rows is None else rows, slots)
+            return self.attachment.current.serve(None)
+        if not isinstance(slots, Tensor) or slots.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"slots: expected a tensor of int32 or int64, got {getattr(slots, 'dtype', slots)!r}")
+        rows = self.bank.rows if rows is None else rows
+        check_tensor("rows", rows, (None, self.layout.width))
+        return self.attachment.current.serve(ActiveUsers(rows, slots))
 
     def hidden(
         self, input_ids: Tensor, attention_mask: Tensor | None, *, rows: Tensor | None, slots: Tensor | None
     ) -> Tensor:
         """The last hidden states [B, T, D], after the final norm, that `logits` turns into logits; as `forward`."""
-        with self.attachment.current.serve(self._active(rows, slots)):
+        with self._serve(rows, slots):
             backbone = self.model.base_model
             return backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits [..., V] of hidden states [..., D], with the cap that some models put on them."""
+        """Logits [..., V] of hidden states [..., D], with the cap that some models put on them.
+
+        Raises ValueError for a model that scales them.
+        """
+        config = self.model.config.get_text_config()
+        for name in ("logits_scaling", "logit_scale", "lm_head_multiplier"):
+            if getattr(config, name, 1) not in (None, 1):
+                raise ValueError(
+                    f"model: expected logits without {name}, got {type(self.model).__name__}, which has one"
+                )
         logits = self.model.get_output_embeddings()(hidden)
-        cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
+        cap = getattr(config, "final_logit_softcapping", None)
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
-    def gradient_checkpointing_enable(self) -> None:
-        """Trades compute for memory in training; a block's recomputation serves the users its forward served."""
-        self.model.gradient_checkpointing_enable(
-            {"use_reentrant": False, "context_fn": checkpoint_contexts(self.attachment.current)}
-        )
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None, **options: Any
+    ) -> None:
+        """Trades compute for memory in training; a block's recomputation serves the users its forward served.
+
+        Arguments as for the model's own. Raises ValueError for reentrant checkpoints, which cannot do that.
+        """
+        kwargs = dict(gradient_checkpointing_kwargs or {})
+        if kwargs.setdefault("use_reentrant", False):
+            raise ValueError("use_reentrant: expected False, got True")
+        kwargs["context_fn"] = checkpoint_contexts(self.attachment.current)
+        # Later versions of transformers call it activation checkpointing.
+        enable = getattr(self.model, "activation_checkpointing_enable", self.model.gradient_checkpointing_enable)
+        enable(kwargs, **options)
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: Mapping[str, Any] | None = None, **options: Any
+    ) -> None:
+        """`gradient_checkpointing_enable`, by the name that later versions of transformers call."""
+        self.gradient_checkpointing_enable(activation_checkpointing_kwargs, **options)
 
     # ------------------------------------------------------------ generation
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ class FilmSite:
 
 @dataclass(frozen=True)
 class LoraSite:
-    """One adapter on one projection. gamma: R columns or, where the adapter is plain, its strength's one; beta: R or 0."""
+    """One adapter on one projection. gamma: R columns, or the strength's one of a plain adapter; beta: R or none."""
 
     path: str
     adapter: int
@@ -51,7 +52,7 @@ class Layout:
     width: int
 
     def initial_bias(self) -> Tensor:
-        """The modulated columns [modulated] that change nothing while adapters are on: 1 in gamma's, 0 in the others."""
+        """The modulated columns [modulated] that leave adapters as they are: 1 in gamma's, 0 in the others."""
         bias = torch.zeros(self.modulated)
         for site in self.loras:
             if site.gamma.start < self.modulated:
@@ -66,7 +67,7 @@ class Layout:
         return columns
 
 
-def blocks_of(model: nn.Module) -> tuple[str, nn.ModuleList]:
+def blocks_of(model: Any) -> tuple[str, nn.ModuleList]:
     """The decoder blocks of a Hugging Face causal LM, with their path.
 
     Raises ValueError where no list of modules is as long as the configuration says the model is deep.
@@ -78,7 +79,7 @@ def blocks_of(model: nn.Module) -> tuple[str, nn.ModuleList]:
     raise ValueError(f"model: expected a list of {depth} blocks in {type(model).__name__}, found none")
 
 
-def hidden_width(model: nn.Module) -> int:
+def hidden_width(model: Any) -> int:
     """The model width D."""
     return model.config.get_text_config().hidden_size
 
@@ -89,8 +90,8 @@ def projection_widths(module: nn.Module) -> tuple[int, int] | None:
         return module.in_features, module.out_features
     if isinstance(module, Conv1D):
         return module.nx, module.nf
-    widths = getattr(module, "in_features", None), getattr(module, "out_features", None)  # quantised linears
-    return widths if isinstance(widths[0], int) and isinstance(widths[1], int) else None
+    inputs, outputs = getattr(module, "in_features", None), getattr(module, "out_features", None)  # quantised linears
+    return (inputs, outputs) if isinstance(inputs, int) and isinstance(outputs, int) else None
 
 
 def _projections(blocks: nn.ModuleList, path: str, lora: LoraConfig) -> Iterator[tuple[str, int, int]]:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from fssa_fast.nn import ContextEncoder, Modulator
 from fssa_fast.nn.files import CheckpointError, read_tensors, read_text, write_pair
-from fssa_fast.steering.config import FORMAT_VERSION, SteeringConfig, from_json, to_json
+from fssa_fast.steering.config import FORMAT_VERSION, ConfigError, SteeringConfig, from_json, to_json
 from fssa_fast.steering.embedder import EmbedderConfig, TextEmbedder, same_fingerprint, weight_fingerprint
-from fssa_fast.steering.sites import blocks_of, hidden_width
+from fssa_fast.steering.sites import Layout, blocks_of, hidden_width, plan_sites
 
 if TYPE_CHECKING:
     from fssa_fast.steering.policy import SteerablePolicy
@@ -100,11 +102,13 @@ def save_policy(policy: SteerablePolicy, directory: str | os.PathLike[str], dtyp
 
 
 def read_description(directory: str | os.PathLike[str]) -> SavedPolicy:
-    """What steering.json says. Raises CheckpointError for a missing, damaged or newer file, ConfigError for a bad key."""
+    """What steering.json says. Raises CheckpointError for a missing, damaged or newer file, ConfigError for a key."""
     path = Path(directory) / CONFIG_NAME
     try:
         data = json.loads(read_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
+    except CheckpointError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not JSON: {error}") from error
     version = data.get("format_version") if isinstance(data, dict) else None
     if version != FORMAT_VERSION:
@@ -112,12 +116,47 @@ def read_description(directory: str | os.PathLike[str]) -> SavedPolicy:
     return from_json(SavedPolicy, data, str(path))
 
 
-def load_adapter(policy: SteerablePolicy, path: Path) -> None:
-    """Fills a policy from a safetensors file that has exactly its tensors, then writes its users' rows again."""
-    wanted = adapter_tensors(policy)
-    for name, tensor in read_tensors(path, {name: t.to("meta") for name, t in wanted.items()}).items():
-        wanted[name].copy_(tensor)
+def planned_tensors(config: SteeringConfig, layout: Layout) -> dict[str, Tensor]:
+    """`adapter_tensors` of a policy not yet made, on meta: names and shapes that take no memory, whatever is asked for.
+
+    Raises ConfigError for an encoder that cannot be.
+    """
+    try:
+        with torch.device("meta"):
+            parts = {
+                "encoder": ContextEncoder(**asdict(config.encoder)),
+                "modulator": Modulator(config.encoder.latent_width, layout.modulated),
+            }
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"encoder: {error}") from error
+    found = {f"{part}.{name}": tensor for part, module in parts.items() for name, tensor in module.state_dict().items()}
+    places: dict[str, int] = {}
+    for site in layout.loras:
+        number = places[site.path] = places.get(site.path, -1) + 1
+        found[f"model.{site.path}.fssa.a.{number}"] = torch.empty(site.rank, site.inputs, device="meta")
+        found[f"model.{site.path}.fssa.b.{number}"] = torch.empty(site.rank, site.outputs, device="meta")
+    return found
+
+
+def read_adapter(path: Path, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a safetensors file that has exactly those, all finite; raises CheckpointError otherwise."""
+    tensors = read_tensors(path, wanted)
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{path}: {name!r}: expected finite numbers, got NaN or infinity")
+    return tensors
+
+
+def fill_policy(policy: SteerablePolicy, tensors: Mapping[str, Tensor]) -> None:
+    """Gives a policy its tensors, and its users the rows that follow."""
+    for name, place in adapter_tensors(policy).items():
+        place.copy_(tensors[name])
     policy.users.refresh()
+
+
+def load_adapter(policy: SteerablePolicy, path: Path) -> None:
+    """Fills a policy from a safetensors file that has exactly its tensors."""
+    fill_policy(policy, read_adapter(path, planned_tensors(policy.steering, policy.layout)))
 
 
 def load_base(base: Any, named: str) -> Any:
@@ -156,6 +195,9 @@ def load_policy(
     saved = read_description(directory)
     model = load_base(base, saved.base.name_or_path)
     check_base(model, saved.base)
+    # Before anything is allocated, so that sizes are those of a file that exists.
+    wanted = planned_tensors(saved.config, plan_sites(model, saved.config))
+    tensors = read_adapter(Path(directory) / WEIGHTS_NAME, wanted)
     if saved.embedder is not None:
         if isinstance(embedder, TextEmbedder):
             embedder.check(saved.embedder)
@@ -171,7 +213,7 @@ def load_policy(
         capacity=capacity,
     )
     try:
-        load_adapter(policy, Path(directory) / WEIGHTS_NAME)
+        fill_policy(policy, tensors)
     except BaseException:
         policy.detach()
         raise

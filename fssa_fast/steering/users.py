@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Protocol
 
 import torch
@@ -92,8 +94,8 @@ class Users:
             for name in users:
                 self._check_new(name)
             pairs = [self._embed(choices) for choices in users.values()]
-            slots = self._policy.bank.take(len(users))
-            latents = self._write(slots, pairs)
+            with self._policy.bank.take(len(users)) as slots:
+                latents = self._write(slots, pairs, [1.0] * len(users))
             for name, slot, own, latent in zip(users, slots, pairs, latents, strict=True):
                 self._users[name] = User(name, slot, 1, own, latent, 1.0)
             return [self._users[name] for name in users]
@@ -101,7 +103,7 @@ class Users:
     def update(self, name: str, choices: Sequence[Choice]) -> User:
         """Replaces a user's choices."""
         with self._lock:
-            return self._rewrite(self[name], self._embed(choices))
+            return self._rewrite([replace(self[name], pairs=self._embed(choices))])[0]
 
     def add_choices(self, name: str, choices: Sequence[Choice]) -> User:
         """Adds to a user's choices. Raises ValueError for a blend, which has none of its own."""
@@ -109,7 +111,7 @@ class Users:
             user = self[name]
             if user.latent is None:
                 raise ValueError(f"user: expected one known by choices, got {name!r}, a blend of other users")
-            return self._rewrite(user, torch.cat([user.pairs, self._embed(choices)]))
+            return self._rewrite([replace(user, pairs=torch.cat([user.pairs, self._embed(choices)]))])[0]
 
     # ------------------------------------------------------------ from other users
 
@@ -123,17 +125,21 @@ class Users:
             if not weights:
                 raise ValueError("weights: expected at least one user, got none")
             row = self.blend(weights)
-            (slot,) = self._policy.bank.take()
-            self._policy.bank.rows[slot] = row
+            with self._policy.bank.take() as (slot,):
+                self._policy.bank.rows[slot] = row
             self._users[name] = User(name, slot, 1, self._embed([]), None, 1.0)
             return self._users[name]
 
     def blend(self, weights: Mapping[str, float]) -> Tensor:
-        """The weighted sum [M] of users' rows. Raises ValueError for a weight that is not finite."""
-        row = torch.zeros_like(self._policy.bank.rows[0])
-        for name, weight in weights.items():
-            row += _finite("weights", weight) * self._policy.bank.rows[self.slot(name)]
-        return row
+        """The weighted sum [M] of users' rows. Raises ValueError for a weight, or a sum, that is not finite."""
+        rows = self._policy.bank.rows
+        with self._lock:
+            row = torch.zeros_like(rows[0], dtype=torch.promote_types(rows.dtype, torch.float32))
+            for name, weight in weights.items():
+                row += _finite("weights", weight) * rows[self.slot(name)]
+        if not torch.isfinite(row.to(rows.dtype)).all():
+            raise ValueError(f"weights: expected ones whose sum of rows is finite in {rows.dtype}, got {dict(weights)}")
+        return row.to(rows.dtype)
 
     def scale(self, name: str, strength: float) -> User:
         """Sets how strongly a user steers: 0 is the base model, 1 as encoded, beyond 1 exaggerates."""
@@ -142,7 +148,7 @@ class Users:
             strength = _finite("strength", strength)
             if user.latent is None:
                 raise ValueError(f"user: expected one known by choices, got {name!r}, a blend; give it other weights")
-            return self._rewrite(user, user.pairs, strength)
+            return self._rewrite([replace(user, strength=strength)])[0]
 
     def remove(self, name: str) -> None:
         """Forgets a user. Generations that serve it end as they began."""
@@ -161,8 +167,8 @@ class Users:
     @contextmanager
     def slots(self, names: Sequence[str]) -> Iterator[Tensor]:
         """The slots [B] of a batch's users, their rows kept as they are for the block."""
-        if isinstance(names, str):
-            raise TypeError(f"users: expected a list of names, one a row, got the text {names!r}")
+        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+            raise TypeError(f"users: expected a list of names, one a row, got {names!r}")
         with self._lock:
             slots = [self.slot(name) for name in names]
             pin = self._policy.bank.pin(slots)
@@ -173,12 +179,13 @@ class Users:
             pin.__exit__(None, None, None)
 
     def refresh(self) -> None:
-        """Writes the prior's row and every user's again, after the encoder or the modulator has changed."""
+        """Writes the prior's row and every user's again, after the encoder or the modulator has changed.
+
+        Blends have no choices to be encoded again and keep their rows; the prior's changes for running generations too.
+        """
         with self._lock:
-            self._write([PRIOR_SLOT], [self._embed([])])
-            for user in list(self._users.values()):
-                if user.latent is not None:
-                    self._rewrite(user, user.pairs)
+            self._rewrite([user for user in self._users.values() if user.latent is not None])
+            self._write([PRIOR_SLOT], [self._embed([])], [1.0])
 
     # ------------------------------------------------------------ inside
 
@@ -191,17 +198,26 @@ class Users:
     def _embed(self, choices: Sequence[Choice]) -> Tensor:
         return embed_choices(choices, self._policy.encoder.embedding_width, self._policy.embedder)
 
-    def _rewrite(self, user: User, pairs: Tensor, strength: float | None = None) -> User:
-        bank, strength = self._policy.bank, user.strength if strength is None else strength
-        slot = bank.take()[0] if bank.pinned(user.slot) else user.slot
-        (latent,) = self._write([slot], [pairs], strength)
-        self._users[user.name] = User(user.name, slot, user.version + 1, pairs, latent, strength)
-        if slot != user.slot:
-            bank.release(user.slot)
-        return self._users[user.name]
+    def _rewrite(self, users: Sequence[User]) -> list[User]:
+        """Gives users, with new pairs or strengths, their rows: in place, or in another slot where theirs is pinned."""
+        bank = self._policy.bank
+        pinned = [bank.pinned(user.slot) for user in users]
+        with bank.take(sum(pinned)) as taken:
+            others = iter(taken)
+            slots = [next(others) if pin else user.slot for user, pin in zip(users, pinned, strict=True)]
+            latents = self._write(slots, [user.pairs for user in users], [user.strength for user in users])
+        changed = []
+        for user, slot, latent in zip(users, slots, latents, strict=True):
+            changed.append(replace(user, slot=slot, version=user.version + 1, latent=latent))
+            self._users[user.name] = changed[-1]
+            if slot != user.slot:
+                bank.release(user.slot)
+        return changed
 
     @torch.no_grad()
-    def _write(self, slots: list[int], pairs: list[Tensor], strength: float = 1.0) -> list[Tensor]:
+    def _write(self, slots: list[int], pairs: list[Tensor], strengths: list[float]) -> list[Tensor]:
+        if not slots:
+            return []
         encoder, modulator, bank = self._policy.encoder, self._policy.modulator, self._policy.bank
         weight = modulator.weight
         offsets = [0]
@@ -209,6 +225,7 @@ class Users:
             offsets.append(offsets[-1] + len(own))
         joined = torch.cat(pairs).to(weight)
         where = torch.tensor(slots, device=weight.device)
+        before = bank.rows[where]
         latents = context_rows_(
             bank.modulations,
             where,
@@ -223,12 +240,17 @@ class Users:
             heads=encoder.heads,
         )
         bank.strengths[where] = 1.0
-        if strength != 1.0:
-            bank.rows[where] *= strength
+        bank.rows[where] *= torch.tensor(strengths, device=weight.device).to(before).unsqueeze(1)
+        if not torch.isfinite(bank.rows[where]).all():
+            bank.rows[where] = before
+            raise ValueError(
+                f"users: expected rows finite in {before.dtype}, got NaN or infinity from these choices or strengths"
+            )
         return list(latents.cpu())
 
 
 def _finite(name: str, value: float) -> float:
-    if not isinstance(value, int | float) or value != value or value in (float("inf"), float("-inf")):
+    largest = sys.float_info.max
+    if isinstance(value, bool) or not isinstance(value, Real) or not -largest <= value <= largest:
         raise ValueError(f"{name}: expected a finite number, got {value!r}")
     return float(value)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from fssa_fast.generation.prompts import Prompt, prompt_ids
 from fssa_fast.nn import pack_choices
 
 
@@ -21,7 +22,7 @@ class Preference:
     cut off) is trained without its end token. `pair` holds the embeddings [2, E], chosen first.
     """
 
-    prompt: str | Sequence[Mapping[str, str]]
+    prompt: Prompt
     chosen: str
     rejected: str
     group: str
@@ -48,7 +49,7 @@ class PreferenceData(Dataset[dict[str, Any]]):
         users: each user's choices, by name. tokenizer: of the base model.
         length: how many examples an epoch has. max_context: the largest K. targets: pairs an example.
         max_tokens: longer rows are cut at the end.
-    Raises: ValueError for a user whose choices are all of one group: nothing would be left to predict.
+    Raises: ValueError for no users, and for one whose choices are all of one group: nothing would be left to predict.
     """
 
     def __init__(
@@ -62,6 +63,8 @@ class PreferenceData(Dataset[dict[str, Any]]):
         max_tokens: int = 256,
         seed: int = 0,
     ) -> None:
+        if not users:
+            raise ValueError("users: expected at least one, got none")
         for name, choices in users.items():
             if len({choice.group for choice in choices}) < 2:
                 raise ValueError(f"users: expected choices of two groups or more for {name!r}, got one or none")
@@ -75,6 +78,8 @@ class PreferenceData(Dataset[dict[str, Any]]):
         return self.length
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < self.length:
+            raise IndexError(f"index: expected one in [0, {self.length}), got {index}")
         draw = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
 
         def below(count: int) -> int:
@@ -91,7 +96,11 @@ class PreferenceData(Dataset[dict[str, Any]]):
         picked = [context[i] for i in torch.randperm(len(context), generator=draw)[:size].tolist()]
         wanted = [others[i] for i in torch.randperm(len(others), generator=draw)[: self.targets].tolist()]
         # Which side a context's chosen option stands on carries no information: it is always the first.
-        pairs = torch.stack([c.pair for c in picked]) if picked else choices[0].pair.new_empty(0, *choices[0].pair.shape)
+        pairs = (
+            torch.stack([c.pair for c in picked])
+            if picked
+            else choices[0].pair.new_empty(0, 2, choices[0].pair.shape[1])
+        )
         return {"pairs": pairs, "rows": [self._rows(choice) for choice in wanted]}
 
     def _rows(self, choice: Preference) -> tuple[TargetRow, TargetRow]:
@@ -101,20 +110,20 @@ class PreferenceData(Dataset[dict[str, Any]]):
         )
 
 
-def encode_answer(
-    tokenizer: Any, prompt: str | Sequence[Mapping[str, str]], answer: str, ended: bool, max_tokens: int
-) -> TargetRow:
-    """A prompt and an answer as token ids; raises ValueError where the prompt alone fills max_tokens."""
-    if isinstance(prompt, str):
-        start = tokenizer(prompt)["input_ids"]
-    else:
-        start = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=True, return_dict=True)[
-            "input_ids"
-        ]
-    if not 1 <= len(start) < max_tokens:
-        raise ValueError(f"prompt: expected 1 to {max_tokens - 1} tokens, got {len(start)}")
+def encode_answer(tokenizer: Any, prompt: Prompt, answer: str, ended: bool, max_tokens: int) -> TargetRow:
+    """A prompt and an answer as token ids.
+
+    Raises ValueError where the prompt alone fills max_tokens, or the answer is of no token.
+    """
+    start = prompt_ids(tokenizer, prompt)
+    if len(start) >= max_tokens:
+        raise ValueError(f"prompt: expected fewer than {max_tokens} tokens, got {len(start)}")
+    if ended and tokenizer.eos_token_id is None:
+        raise ValueError("tokenizer: expected one with an end token, since the answer ended; got one without")
     response = tokenizer(answer, add_special_tokens=False)["input_ids"] + ([tokenizer.eos_token_id] if ended else [])
-    ids = (list(start) + response)[:max_tokens]
+    if not response:
+        raise ValueError("answer: expected at least one token, got an empty one")
+    ids = (start + response)[:max_tokens]
     return TargetRow(ids, len(start), f"{tokenizer.decode(start)}\x00{answer}\x00{ended}\x00{max_tokens}")
 
 

@@ -31,7 +31,7 @@ def choice_loss(log_probs: Tensor, choices: Tensor) -> Tensor:
 
     Returns: a scalar. Raises: ValueError naming the argument.
     """
-    if choices.shape != log_probs.shape[-choices.dim() - 1 : -1] or choices.is_floating_point():
+    if log_probs.dim() < 3 or choices.shape != log_probs.shape[-3:-1] or choices.is_floating_point():
         raise ValueError(
             f"choices: expected integers of shape {list(log_probs.shape[-3:-1])}, got {choices.dtype} "
             f"{list(choices.shape)}"

@@ -60,17 +60,23 @@ class ReferenceCache:
 
     @torch.no_grad()
     def log_probs(self, policy: SteerablePolicy, batch: dict[str, Any], chunk: int) -> Tensor:
-        """[B]; runs the base model on the rows not seen before."""
+        """[B]; runs the base model, in evaluation mode, on the rows not seen before.
+
+        Each row by itself, without padding: a resumed run, whose batches meet other rows first, gets the same numbers.
+        """
         keys = [self._key(key) for key in batch["keys"]]
-        new = [i for i, key in enumerate(keys) if key not in self._known]
-        if new:
-            part = {name: value[new] for name, value in batch.items() if name in _ROW_TENSORS}
-            for i, value in zip(new, policy_log_probs(policy, part, None, None, chunk).tolist(), strict=True):
-                self._known[keys[i]] = value
+        training = policy.model.training
+        policy.model.eval()
+        try:
+            for i, key in enumerate(keys):
+                if key not in self._known:
+                    length = int(batch["response_end"][i])
+                    row = {name: batch[name][i : i + 1] for name in ("response_start", "response_end")}
+                    row |= {name: batch[name][i : i + 1, :length] for name in ("input_ids", "attention_mask")}
+                    self._known[key] = float(policy_log_probs(policy, row, None, None, chunk))
+        finally:
+            policy.model.train(training)
         return torch.tensor([self._known[key] for key in keys], device=batch["input_ids"].device)
-
-
-_ROW_TENSORS = ("input_ids", "attention_mask", "response_start", "response_end")
 
 
 class NPDPOTrainer(Trainer):
@@ -82,6 +88,8 @@ class NPDPOTrainer(Trainer):
     args: NPDPOArguments
 
     def __init__(self, policy: SteerablePolicy, args: NPDPOArguments, train_dataset: Any, **options: Any) -> None:
+        if policy.tokenizer is None:
+            raise ValueError("policy: expected one with a tokenizer, got one without")
         pad = policy.tokenizer.pad_token_id
         options.setdefault("data_collator", partial(collate, pad=policy.tokenizer.eos_token_id if pad is None else pad))
         super().__init__(model=policy, args=args, train_dataset=train_dataset, **options)
@@ -111,6 +119,8 @@ class NPDPOTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        if self.optimizer is not None:  # made before, its steps scaled already
+            return super().create_optimizer(*args, **kwargs)
         optimizer = super().create_optimizer(*args, **kwargs)
         policy: SteerablePolicy = self.accelerator.unwrap_model(self.model)
         ratio = torch.ones(policy.layout.modulated)
@@ -121,7 +131,7 @@ class NPDPOTrainer(Trainer):
         return optimizer
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        folder = output_dir or self.args.output_dir
+        folder = str(output_dir or self.args.output_dir)
         self.accelerator.unwrap_model(self.model).save_pretrained(folder)
         torch.save(self.args, Path(folder) / "training_args.bin")
 

@@ -1,0 +1,187 @@
+// lora: two products a block of rows, the modulation between them while the hidden row is in the first cache.
+#include "matmul.h"
+#include "ops.h"
+#include "slots.h"
+
+FSSA_DECLARE_OPS(FSSA_ISA)
+
+namespace fssa {
+namespace FSSA_ISA {
+namespace {
+
+template <class Parts>
+int64_t total_rank(const Parts *parts, int64_t count) {
+  int64_t rank = 0;
+  for (int64_t i = 0; i < count; i++) rank += parts[i].rank;
+  return rank;
+}
+
+// A user's gamma and beta.
+template <class T>
+struct Modulation {
+  Rows<T> gamma, beta;
+  int64_t column_stride;
+
+  template <class Args>
+  explicit Modulation(const Args &a)
+      : gamma(rows_of(T{}, a.gamma)), beta(rows_of(T{}, a.beta)), column_stride(a.gamma_column_stride) {}
+
+  Vec scale(int64_t slot, int64_t r, int64_t count) const {
+    return column_stride ? load_up_to(gamma(slot) + r, count) : splat(load_one(gamma(slot)));
+  }
+  Vec shift(int64_t slot, int64_t r, int64_t count) const {
+    return beta.data ? load_up_to(beta(slot) + r, count) : splat(0.0f);
+  }
+};
+
+// hidden <- gamma * hidden + beta, for one row.
+template <class T>
+FSSA_INLINE void modulate(const Modulation<T> &modulation, int64_t slot, int64_t rank, float *hidden) {
+  for (int64_t r = 0; r < rank; r += WIDTH) {
+    const int64_t count = rank - r;
+    const Vec h = load_up_to(hidden + r, count);
+    store_up_to(hidden + r, fma(h, modulation.scale(slot, r, count), modulation.shift(slot, r, count)), count);
+  }
+}
+
+// emit for out = y + scaling * v, in the batch's dtype.
+template <class T>
+struct AddScaled {
+  Rows<T> y;
+  T *out;
+  int64_t stride;
+  float scaling;
+  void operator()(int64_t m, int64_t n, Vec v, int64_t count, bool more) const {
+    T *to = out + m * stride + n;
+    const Vec before = load_up_to(more ? to : y(m) + n, count);
+    store_up_to(to, fma(v, splat(scaling), before), count);
+  }
+};
+
+template <class T>
+AddScaled<T> add_scaled(const fssa_lora_part &part, int64_t row, float scaling) {
+  return {rows_of(T{}, rows_of(T{}, part.y)(row), part.y.stride),
+          static_cast<T *>(part.out.data) + row * part.out.stride, part.out.stride, scaling};
+}
+
+template <class T>
+void lora_of(const fssa_lora_args &a) {
+  const SlotOf slot_of{a.slots};
+  const Modulation<T> modulation(a);
+  const Rows<T> x = rows_of(T{}, a.x), down = rows_of(T{}, a.a);
+  const int64_t rank = total_rank(a.parts, a.part_count);
+  constexpr int64_t BLOCK = 96;
+  if (a.threads > 1 && a.rows < BLOCK * a.threads) {  // few rows: the threads share the weights
+    Scratch scratch;
+    float *hidden = scratch.floats(a.rows * rank);
+    dots_parallel(a.threads, x, a.rows, down, rank, a.width, hidden, rank);
+    for (int64_t n = 0; n < a.rows; n++) modulate(modulation, slot_of(n), rank, hidden + n * rank);
+    int64_t first = 0;
+    for (int64_t i = 0; i < a.part_count; first += a.parts[i].rank, i++) {
+      const fssa_lora_part &part = a.parts[i];
+      axpys_parallel(a.threads, Grid{hidden + first, rank, 1}, a.rows, part.rank, rows_of(T{}, part.b), part.width,
+                     add_scaled<T>(part, 0, a.scaling));
+    }
+    return;
+  }
+  parallel(a.threads, (a.rows + BLOCK - 1) / BLOCK, [&](int64_t task) {
+    const int64_t begin = task * BLOCK, count = lesser(BLOCK, a.rows - begin);
+    Scratch scratch;
+    float *hidden = scratch.floats(count * rank);
+    dots([&](int64_t i) { return x(begin + i); }, count, down, rank, a.width, hidden, rank);
+    for (int64_t n = 0; n < count; n++) modulate(modulation, slot_of(begin + n), rank, hidden + n * rank);
+    int64_t first = 0;
+    for (int64_t i = 0; i < a.part_count; first += a.parts[i].rank, i++) {
+      const fssa_lora_part &part = a.parts[i];
+      axpys(Grid{hidden + first, rank, 1}, count, part.rank, rows_of(T{}, part.b), 0, part.width,
+            add_scaled<T>(part, begin, a.scaling));
+    }
+  });
+}
+
+// Rounds a matrix of float32 into the batch's dtype.
+template <class T>
+void store_matrix(const float *from, int64_t rows, int64_t columns, const fssa_output &to) {
+  for (int64_t m = 0; m < rows; m++) {
+    T *row = static_cast<T *>(to.data) + m * to.stride;
+    for (int64_t n = 0; n < columns; n += WIDTH) {
+      store_up_to(row + n, load_up_to(from + m * columns + n, columns - n), columns - n);
+    }
+  }
+}
+
+// emit for a matrix of T that is written once: sums of more than one part go through float32, in `Into`.
+template <class T>
+void axpys_store(int threads, const Grid &g, int64_t rows, int64_t depth, const Rows<T> &b, int64_t columns,
+                 const fssa_output &to) {
+  if (depth <= AXPY_DEPTH) {
+    T *out = static_cast<T *>(to.data);
+    axpys_parallel(threads, g, rows, depth, b, columns, [&](int64_t m, int64_t n, Vec v, int64_t count, bool) {
+      store_up_to(out + m * to.stride + n, v, count);
+    });
+    return;
+  }
+  Scratch scratch;
+  float *sums = scratch.floats(rows * columns);
+  axpys_parallel(threads, g, rows, depth, b, columns, Into{sums, columns, false});
+  store_matrix<T>(sums, rows, columns, to);
+}
+
+template <class T>
+void lora_backward_of(const fssa_lora_backward_args &a) {
+  const Modulation<T> modulation(a);
+  const Rows<T> x = rows_of(T{}, a.x), down = rows_of(T{}, a.a);
+  const int64_t rank = total_rank(a.parts, a.part_count);
+  Scratch scratch;
+  float *raw = scratch.floats(a.rows * rank), *by_hidden = scratch.floats(a.rows * rank);
+  dots_parallel(a.threads, x, a.rows, down, rank, a.width, raw, rank);
+  int64_t first = 0;
+  for (int64_t i = 0; i < a.part_count; first += a.parts[i].rank, i++) {
+    const fssa_lora_backward_part &part = a.parts[i];
+    dots_parallel(a.threads, rows_of(T{}, part.grad), a.rows, rows_of(T{}, part.b), part.rank, part.width,
+                  by_hidden + first, rank);
+  }
+  // by_hidden <- scaling * by_hidden; a slot's gamma and beta sum over its rows, in their order.
+  const Grouped groups = group_rows(scratch, a.slots, a.rows);
+  const Vec scaling = splat(a.scaling);
+  for (int64_t slot = 0; slot < a.slots.limit; slot++) {
+    const int64_t begin = groups.begin[slot], end = groups.begin[slot + 1];
+    T *dgamma = static_cast<T *>(a.dgamma.data) + slot * a.dgamma.stride;
+    T *dbeta = static_cast<T *>(a.dbeta.data) + slot * a.dbeta.stride;
+    for (int64_t r = 0; r < rank; r += WIDTH) {
+      const int64_t count = rank - r;
+      Vec gammas = splat(0.0f), betas = splat(0.0f);
+      for (int64_t i = begin; i < end; i++) {
+        const int64_t at = groups.rows[i] * rank + r;
+        const Vec h = load_up_to(raw + at, count), g = load_up_to(by_hidden + at, count) * scaling;
+        const Vec scale = modulation.scale(slot, r, count);
+        gammas = fma(g, h, gammas);
+        betas = betas + g;
+        store_up_to(by_hidden + at, g * scale, count);  // from here on: by x a^T
+        store_up_to(raw + at, fma(h, scale, modulation.shift(slot, r, count)) * scaling, count);  // scaling * hidden
+      }
+      store_up_to(dgamma + r, gammas, count);
+      store_up_to(dbeta + r, betas, count);
+    }
+  }
+  axpys_store<T>(a.threads, Grid{by_hidden, rank, 1}, a.rows, rank, down, a.width, a.dx);
+  axpys_store<T>(a.threads, Grid{by_hidden, 1, rank}, rank, a.rows, x, a.width, a.da);
+  first = 0;
+  for (int64_t i = 0; i < a.part_count; first += a.parts[i].rank, i++) {
+    const fssa_lora_backward_part &part = a.parts[i];
+    axpys_store<T>(a.threads, Grid{raw + first, 1, rank}, part.rank, a.rows, rows_of(T{}, part.grad), part.width, part.db);
+  }
+}
+
+}  // namespace
+
+void lora(const fssa_lora_args &a) {
+  with_type(a.dtype, [&](auto type) { lora_of<decltype(type)>(a); });
+}
+
+void lora_backward(const fssa_lora_backward_args &a) {
+  with_type(a.dtype, [&](auto type) { lora_backward_of<decltype(type)>(a); });
+}
+
+}  // namespace FSSA_ISA
+}  // namespace fssa

@@ -1,0 +1,35 @@
+// The slots of a batch's rows, and the rows of a batch grouped by slot.
+#pragma once
+
+#include "parallel.h"
+#include "vec.h"
+
+namespace fssa {
+namespace FSSA_ISA {
+
+struct SlotOf {
+  fssa_slots slots;
+  int64_t operator()(int64_t row) const {
+    const int64_t index = row / slots.rows_per_slot;
+    return slots.is_int64 ? static_cast<const int64_t *>(slots.data)[index]
+                          : static_cast<const int32_t *>(slots.data)[index];
+  }
+};
+
+// Rows of a batch, those of slot s in order at rows[begin[s]] .. rows[begin[s + 1]].
+struct Grouped {
+  const int64_t *rows, *begin;
+};
+
+static inline Grouped group_rows(Scratch &scratch, const fssa_slots &slots, int64_t count) {
+  const SlotOf slot_of{slots};
+  int64_t *begin = scratch.integers(slots.limit + 2), *rows = scratch.integers(count);
+  memset(begin, 0, (slots.limit + 2) * sizeof(int64_t));
+  for (int64_t n = 0; n < count; n++) begin[slot_of(n) + 2]++;
+  for (int64_t s = 2; s < slots.limit + 2; s++) begin[s] += begin[s - 1];
+  for (int64_t n = 0; n < count; n++) rows[begin[slot_of(n) + 1]++] = n;
+  return {rows, begin};
+}
+
+}  // namespace FSSA_ISA
+}  // namespace fssa

@@ -1,0 +1,300 @@
+"""Compiles every kernel ahead of time, for chips that need not be there, and tabulates what came out.
+
+    python -m fssa_fast.kernels.aot                   # compile everything, write aot.json beside this file
+    python -m fssa_fast.kernels.aot --check PATTERN   # compile what matches, print what is worse than the table
+
+The kernels' own launchers are called with tensors that have shapes and no memory, and their launches recorded: what is
+compiled is what a launch would compile. Each is asked for its registers, spilled bytes, shared memory, tensor-core
+instruction, and 128-bit loads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import json
+import multiprocessing
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from fssa_fast.kernels import context, film, lora
+from fssa_fast.kernels.common import INTERPRETED
+
+TABLE = Path(__file__).with_name("aot.json")
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}  # bytes a program may have
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# ---------------------------------------------------------------- what is launched
+
+
+def _film(rows: int, width: int, op: str) -> Callable[[torch.dtype], Any]:
+    def launch(dtype: torch.dtype) -> None:
+        x = _empty(rows, width, dtype=dtype)
+        bank = _empty(64, 2 * width, dtype=dtype)
+        modulation = (bank[:, :width], bank[:, width:], _empty(rows, dtype=torch.int32))
+        if op == "film":
+            film.film(x, *modulation)
+        elif op == "film_backward":
+            film.film_backward(x, x, *modulation)
+        elif op == "film_norm":
+            film.film_norm(x, x, *modulation, _empty(width, dtype=dtype), 1e-6)
+        else:
+            film.film_norm_backward(x, x, x, x, *modulation, _empty(width, dtype=dtype), 1e-6)
+
+    return launch
+
+
+def _lora(
+    rows: int, width: int, ranks: list[int], widths: list[int], plain: bool = False, backward: bool = False
+) -> Callable[[torch.dtype], Any]:
+    def launch(dtype: torch.dtype) -> None:
+        rank = sum(ranks)
+        x, a = _empty(rows, width, dtype=dtype), _empty(rank, width, dtype=dtype)
+        ys = [_empty(rows, w, dtype=dtype) for w in widths]
+        bs = [_empty(r, w, dtype=dtype) for r, w in zip(ranks, widths, strict=True)]
+        gamma = _empty(64, 1, dtype=dtype).expand(64, rank) if plain else _empty(64, rank, dtype=dtype)
+        beta, slots = None if plain else gamma, _empty(rows, dtype=torch.int32)
+        if backward:
+            lora.lora_backward(ys, x, a, bs, gamma, beta, slots, 1.0)
+        else:
+            lora.lora_(x, ys, a, bs, gamma, beta, slots, 1.0)
+
+    return launch
+
+
+def _context(
+    pairs: int, embedding: int, width: int, inner: str, pooling: str, heads: int, sampled: bool = False,
+    backward: bool = False,
+) -> Callable[[torch.dtype], Any]:  # fmt: skip
+    def launch(dtype: torch.dtype) -> None:
+        users = 8
+
+        def linear(out: int, depth: int, used: bool = True) -> list[Tensor | None]:
+            return [_empty(out, depth, dtype=dtype), _empty(out, dtype=dtype)] if used else [None, None]
+
+        attention = pooling == "self-attention"
+        weights = [
+            *linear(width, 2 * embedding), *linear(width, width, inner == "mlp"), *linear(3 * width, width, attention),
+            *linear(width, width, attention), *linear(width, width), *linear(width * (1 + sampled), width),
+        ]  # fmt: skip
+        choices = _empty(pairs, 2, embedding, dtype=dtype), _empty(pairs, dtype=torch.int64)
+        packed = (*choices, _empty(users + 1, dtype=torch.int32))
+        if backward:
+            context.context_backward(_empty(users, width, dtype=dtype), *packed, weights, inner, pooling, heads)
+            return
+        noise = _empty(users, width, dtype=dtype) if sampled else None
+        bank, slots = _empty(64, 5 * width, dtype=dtype), _empty(users, dtype=torch.int32)
+        modulation, bias = linear(5 * width, width)
+        context.context_rows_(
+            bank, slots, *packed, weights, modulation, bias, noise, inner, pooling, heads
+        )  # fmt: skip
+
+    return launch
+
+
+CASES: dict[str, Callable[[torch.dtype], Any]] = {
+    "film-576": _film(32, 576, "film"),
+    "film-4096": _film(32, 4096, "film"),
+    "film-odd": _film(32, 111, "film"),
+    "film_norm-576": _film(32, 576, "film_norm"),
+    "film_norm-4096": _film(32, 4096, "film_norm"),
+    "film_norm-16384": _film(32, 16384, "film_norm"),
+    "film_norm-odd": _film(32, 111, "film_norm"),
+    "film_backward-4096": _film(2048, 4096, "film_backward"),
+    "film_backward-odd": _film(2048, 111, "film_backward"),
+    "film_norm_backward-576": _film(2048, 576, "film_norm_backward"),
+    "film_norm_backward-4096": _film(2048, 4096, "film_norm_backward"),
+    "lora-decode-576": _lora(8, 576, [16, 16, 16], [576, 192, 192]),
+    "lora-decode-4096": _lora(32, 4096, [16, 16], [4096, 1024]),
+    "lora-decode-rank512": _lora(32, 4096, [512], [4096]),
+    "lora-decode-plain": _lora(32, 4096, [64], [11008], plain=True),
+    "lora-decode-odd": _lora(5, 111, [3], [33]),
+    "lora-prefill-576": _lora(4096, 576, [16, 16, 16], [576, 192, 192]),
+    "lora-prefill-4096": _lora(4096, 4096, [16, 16], [4096, 1024]),
+    "lora-prefill-rank512": _lora(4096, 4096, [512], [4096]),
+    "lora_backward-4096": _lora(4096, 4096, [16, 16], [4096, 1024], backward=True),
+    "context-linear": _context(80, 384, 256, "linear", "self-attention", 8),
+    "context-mlp-sampled": _context(4096, 384, 256, "mlp", "self-attention", 8, sampled=True),
+    "context-one-head": _context(80, 768, 512, "linear", "self-attention", 1),
+    "context-mean": _context(80, 384, 256, "mlp", "mean", 8),
+    "context-odd": _context(80, 33, 60, "linear", "self-attention", 3),
+    "context_backward": _context(4096, 384, 256, "linear", "self-attention", 8, backward=True),
+}
+
+
+def _empty(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+class Launch(NamedTuple):
+    """One launch of a kernel, as its launcher made it."""
+
+    kernel: JITFunction
+    args: tuple[Any, ...]
+    meta: dict[str, Any]
+
+
+def launches_of(run: Callable[[], Any]) -> list[Launch]:
+    """The launches of Triton kernels that `run` makes; nothing is compiled or run."""
+    found: list[Launch] = []
+
+    def record(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **meta: Any) -> None:
+        found.append(Launch(kernel, args, meta))
+
+    with mock.patch.object(JITFunction, "run", record):
+        run()
+    return found
+
+
+@lru_cache(maxsize=1)
+def all_launches() -> dict[str, Launch]:
+    """Every case's launches in every dtype: "case/dtype/kernel", with a number where a case has more of a kernel."""
+    if INTERPRETED.value:
+        raise RuntimeError("TRITON_INTERPRET: expected to be unset, since nothing is compiled when it is set")
+    named: dict[str, Launch] = {}
+    for case, run in CASES.items():
+        for dtype_name, dtype in DTYPES.items():
+            for launch in launches_of(lambda run=run, dtype=dtype: run(dtype)):
+                name = f"{case}/{dtype_name}/{launch.kernel.__name__.removesuffix('_kernel')}"
+                repeats = sum(key.split("#")[0] == name for key in named)
+                named[f"{name}#{repeats + 1}" if repeats else name] = launch
+    return named
+
+
+# ---------------------------------------------------------------- what comes out
+
+
+def compile_launch(launch: Launch, target: GPUTarget) -> Any:
+    """The kernel compiled for the target as this launch would have it."""
+    kernel = launch.kernel
+    backend = make_backend(target)
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, options = bind(*launch.args, **launch.meta)
+    parsed, signature, constexprs, attrs = kernel._pack_args(backend, options, bound, specialization, options)
+    source = ASTSource(kernel, signature, constexprs, attrs)
+    return triton.compile(source, target=target, options=parsed.__dict__)
+
+
+def _nvidia(compiled: Any) -> dict[str, Any]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin.name]
+        usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    numbers = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    ptx = compiled.asm["ptx"]
+    products = [i for i in ("mma.sync", "wgmma.mma_async", "tcgen05.mma") if i in ptx]
+    wide = len(re.findall(r"ld\.global\S*\.(?:v4\.[bfu]32|v2\.[bfu]64|v8\.[bfu]16)", ptx))
+    wide += len(re.findall(r"cp\.async\.\S+ \[.*\], \[.*\], (?:0x10|16)\b", ptx))
+    return {
+        "registers": numbers["REG"],
+        "spills": numbers["STACK"] + numbers["LOCAL"],
+        "shared": compiled.metadata.shared,
+        "products": "+".join(products),
+        "loads128": wide,
+    }
+
+
+def _amd(compiled: Any) -> dict[str, Any]:
+    asm = compiled.asm["amdgcn"]
+
+    def number(name: str) -> int:
+        return int(re.search(rf"\.{name}:\s+(\d+)", asm)[1])
+
+    return {
+        "registers": number("vgpr_count"),
+        "spills": number("vgpr_spill_count") + number("sgpr_spill_count") + number("private_segment_fixed_size"),
+        "shared": compiled.metadata.shared,
+        "products": "v_mfma" if "v_mfma" in asm else "",
+        "loads128": len(re.findall(r"(?:global|buffer)_load_(?:dwordx4|b128)", asm)),
+    }
+
+
+def measure(launch: Launch, chip: str) -> dict[str, Any]:
+    """A row of the table."""
+    compiled = compile_launch(launch, TARGETS[chip])
+    return _amd(compiled) if TARGETS[chip].backend == "hip" else _nvidia(compiled)
+
+
+def worse(key: str, row: dict[str, Any], known: dict[str, Any] | None) -> list[str]:
+    """What is wrong with a row, by itself and against the table's row of the same key ("chip/case/dtype/kernel")."""
+    limit = SHARED_LIMIT[key.split("/")[0]]
+    found = []
+    if row["spills"]:
+        found.append(f"{key}: {row['spills']} bytes of registers spilled")
+    if row["shared"] > limit:
+        found.append(f"{key}: {row['shared']} bytes of shared memory, the chip has {limit}")
+    if known is None:
+        return [*found, f"{key}: not in the table"]
+    if known["products"] and not row["products"]:
+        found.append(f"{key}: no longer uses tensor cores ({known['products']} in the table)")
+    if known["loads128"] and not row["loads128"]:
+        found.append(f"{key}: no longer loads 128 bits at a time")
+    return found
+
+
+def table() -> dict[str, dict[str, Any]]:
+    """The committed table."""
+    return json.loads(TABLE.read_text())["kernels"]
+
+
+def _measure(key: str) -> tuple[str, dict[str, Any]]:
+    chip, name = key.split("/", 1)
+    return key, measure(all_launches()[name], chip)
+
+
+def measured(keys: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of these keys, by two processes."""
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(_measure, keys)
+
+
+def main() -> int:
+    """The command line; returns 1 where something is worse than the table, or cannot run on a chip."""
+    parser = argparse.ArgumentParser(description="Compile every kernel ahead of time, for every chip.")
+    parser.add_argument("--check", metavar="PATTERN", nargs="+", help="compare with the table, as chip/case/dtype/kernel")
+    patterns = parser.parse_args().check
+    keys = [f"{chip}/{name}" for chip in TARGETS for name in all_launches()]
+    if patterns:
+        keys = [key for key in keys if any(fnmatch.fnmatch(key, pattern) for pattern in patterns)]
+        if not keys:
+            parser.error(f"no kernel matches {' '.join(patterns)}")
+    known = table() if TABLE.exists() else {}
+    rows, faults = {}, []
+    for key, row in measured(keys):
+        rows[key] = row
+        faults += worse(key, row, known.get(key) if patterns else row)
+        print(key, *(f"{name} {value}" for name, value in row.items()), flush=True)
+    for fault in faults:
+        print(fault, file=sys.stderr)
+    if not patterns:
+        lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(row)}" for key, row in rows.items())
+        TABLE.write_text(f'{{"triton": "{triton.__version__}", "kernels": {{\n{lines}\n}}}}\n')
+    print(f"{len(rows)} compiled, {len(faults)} faults")
+    return bool(faults)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

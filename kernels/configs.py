@@ -1,0 +1,115 @@
+"""The kernels' tiles: fixed, by shape class; nothing is tuned at run time.
+
+What a row's bits depend on (the splits of a sum, the steps along it) follows the widths alone. The number of rows
+chooses only how many of them a program takes and whether splits run side by side or one after the other, which the
+bits do not depend on: a row's result is the same in every batch.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from fssa_fast.kernels.common import power_of_two
+
+WIDEST_NORM = 65536  # film_norm holds a row in registers
+
+
+def _wide(dtype: torch.dtype) -> bool:
+    return dtype == torch.float32
+
+
+class FilmTile(NamedTuple):
+    block: int
+    warps: int
+
+
+def film_tile(width: int, dtype: torch.dtype) -> FilmTile:
+    """A row, or a stretch of it, at 16 bytes a thread."""
+    lanes = 4 if _wide(dtype) else 8
+    block = power_of_two(width, 32 * lanes, 256 * lanes)
+    return FilmTile(block, block // (32 * lanes))
+
+
+def norm_tile(width: int) -> FilmTile:
+    """A whole row."""
+    block = power_of_two(width, 128, WIDEST_NORM)
+    return FilmTile(block, max(1, min(32 if block > 16384 else 16, block // 512)))
+
+
+class ColumnTile(NamedTuple):
+    rows: int
+    columns: int
+    splits: int
+    warps: int
+
+
+def column_tile(rows: int, width: int, slots: int) -> ColumnTile:
+    """Sums over the rows of each slot; few slots share their rows out among `splits` programs."""
+    columns = power_of_two(width, 16, 128)
+    programs = slots * -(-width // columns)
+    splits = max(1, min(16, 256 // programs, rows // 64))
+    return ColumnTile(32, columns, splits, 4)
+
+
+class ShrinkTile(NamedTuple):
+    rows: int
+    ranks: int
+    step: int  # along D
+    chunk: int  # of D, that one split sums
+    splits: int
+    joined: int  # splits that one program sums, one after the other
+    warps: int
+    stages: int
+
+
+def shrink_tile(rows: int, width: int, rank: int, dtype: torch.dtype) -> ShrinkTile:
+    """Splits of at least 512 of D, at most 16; side by side while there are few other tiles."""
+    step = 32 if _wide(dtype) else 64
+    splits = max(1, min(16, width // 512))
+    chunk = -(-width // (splits * step)) * step
+    splits = -(-width // chunk)
+    height = 16 if rows <= 64 else 32
+    ranks = power_of_two(rank, 16, 64)
+    tiles = -(-rows // height) * -(-rank // ranks)
+    return ShrinkTile(height, ranks, step, chunk, splits, splits if tiles >= 128 else 1, 4, 3)
+
+
+class ExpandTile(NamedTuple):
+    rows: int
+    columns: int
+    ranks: int
+    warps: int
+    stages: int
+
+
+def expand_tile(rows: int, widest: int, rank: int, dtype: torch.dtype) -> ExpandTile:
+    """`rank` and `widest` are the largest of the targets'."""
+    columns = power_of_two(widest, 16, 64 if widest < 4096 or _wide(dtype) else 128)
+    return ExpandTile(16 if rows <= 64 else 32, columns, power_of_two(rank, 16, 32 if _wide(dtype) else 64), 4, 2)
+
+
+class LinearTile(NamedTuple):
+    rows: int
+    columns: int
+    step: int
+    warps: int
+    stages: int
+
+
+def linear_tile(rows: int, width: int, dtype: torch.dtype) -> LinearTile:
+    """The context encoder's linears: few rows, so a program takes many columns and streams the weights."""
+    height = 16 if rows <= 1024 else 32
+    return LinearTile(height, power_of_two(width, 16, 128), 32 if _wide(dtype) else 64, 4, 3)
+
+
+class AttentionTile(NamedTuple):
+    pairs: int
+    depth: int  # of a head, at a time
+    warps: int
+
+
+def attention_tile(depth: int, dtype: torch.dtype) -> AttentionTile:
+    """Square tiles of a user's pairs; a context that fits one takes the short way."""
+    return AttentionTile(64, power_of_two(depth, 16, 32 if _wide(dtype) else 64), 4)
