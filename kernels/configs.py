@@ -66,7 +66,7 @@ class ShrinkTile(NamedTuple):
 
 def shrink_tile(rows: int, width: int, rank: int, dtype: torch.dtype) -> ShrinkTile:
     """Splits of at least 512 of D, at most 16; side by side while there are few other tiles."""
-    step = 32 if _wide(dtype) else 64
+    step = 16 if _wide(dtype) else 64
     splits = max(1, min(16, width // 512))
     chunk = -(-width // (splits * step)) * step
     splits = -(-width // chunk)
@@ -100,8 +100,8 @@ class LinearTile(NamedTuple):
 
 def linear_tile(rows: int, width: int, dtype: torch.dtype) -> LinearTile:
     """The context encoder's linears: few rows, so a program takes many columns and streams the weights."""
-    height = 16 if rows <= 1024 else 32
-    return LinearTile(height, power_of_two(width, 16, 128), 32 if _wide(dtype) else 64, 4, 3)
+    columns = power_of_two(width, 16, 128)
+    return LinearTile(16 if rows <= 1024 else 32, columns, 16 if _wide(dtype) else 64, max(1, columns // 16), 3)
 
 
 class AttentionTile(NamedTuple):
@@ -112,4 +112,6 @@ class AttentionTile(NamedTuple):
 
 def attention_tile(depth: int, dtype: torch.dtype) -> AttentionTile:
     """Square tiles of a user's pairs; a context that fits one takes the short way."""
-    return AttentionTile(64, power_of_two(depth, 16, 32 if _wide(dtype) else 64), 4)
+    if _wide(dtype):
+        return AttentionTile(32, power_of_two(depth, 16, 32), 4)
+    return AttentionTile(64, power_of_two(depth, 16, 64), 8)

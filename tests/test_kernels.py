@@ -65,13 +65,14 @@ def evaluated(op: Callable[..., Any], args: list[Any], backend: str, gradients: 
 
 
 def assert_close(got: Sequence[Tensor], low: Sequence[Tensor], exact: Sequence[Tensor]) -> None:
-    """Each result's error is at most twice that of the definition in the same dtype, and half a bit of the largest."""
+    """Each result's error is at most twice that of the definition in the same dtype, and the rounding of the largest."""
     assert len(got) == len(low) == len(exact)
     for i, (g, e, x) in enumerate(zip(got, low, exact, strict=True)):
         assert g.shape == x.shape and g.dtype == e.dtype, i
         if x.numel():
             error, allowed = (g.double() - x).abs().max(), (e.double() - x).abs().max()
-            allowed = 2 * allowed + torch.finfo(g.dtype).eps / 2 * x.abs().max()
+            rounding = torch.finfo(g.dtype).eps / 2 + 4 * torch.finfo(torch.float32).eps
+            allowed = 2 * allowed + rounding * x.abs().max()
             assert error <= allowed, f"result {i}: error {error:.2e}, allowed {allowed:.2e}"
 
 
@@ -254,7 +255,8 @@ def context_args(case: str) -> tuple[list[Any], dict[str, Any]]:
 @pytest.mark.parametrize("case", CONTEXT_CASES)
 def test_context(dtype: torch.dtype, case: str) -> None:
     args, kind = context_args(case)
-    check(lambda *args: ops.context(*args, **kind), args, dtype)
+    users = len(args[2]) - 1  # with none, the definition has nothing to differentiate
+    check(lambda *args: ops.context(*args, **kind), args, dtype, gradients=users > 0)
 
 
 @dtypes

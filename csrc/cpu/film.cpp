@@ -108,18 +108,18 @@ FSSA_INLINE void modulation_backward(
   T *dshift = static_cast<T *>(dshift_of.data) + slot * dshift_of.stride;
   for (int64_t d = from; d < to; d += WIDTH) {
     const int64_t width = to - d;
-    Vec scales = splat(0.0f), shifts = splat(0.0f);
+    LongSum scales, shifts;
     if (count) {
       const Vec factor = splat(1.0f) + load_up_to(scale + d, width);
       for (int64_t i = 0; i < count; i++) {
         const Vec g = gradient(rows[i], d, width);
         store_up_to(static_cast<T *>(dx_of.data) + rows[i] * dx_of.stride + d, g * factor, width);
-        scales = fma(g, input(rows[i], d, width), scales);
-        shifts = shifts + g;
+        scales.add(g * input(rows[i], d, width));
+        shifts.add(g);
       }
     }
-    store_up_to(dscale + d, scales, width);
-    store_up_to(dshift + d, shifts, width);
+    store_up_to(dscale + d, scales.total(), width);
+    store_up_to(dshift + d, shifts.total(), width);
   }
 }
 
@@ -187,11 +187,11 @@ void film_norm_backward_of(const fssa_film_norm_backward_args &a) {
   parallel(a.threads, (a.width + COLUMNS - 1) / COLUMNS, [&](int64_t task) {
     for (int64_t d = task * COLUMNS; d < lesser(a.width, task * COLUMNS + COLUMNS); d += WIDTH) {
       const int64_t count = lesser(WIDTH, a.width - d);
-      Vec total = splat(0.0f);
+      LongSum total;
       for (int64_t n = 0; n < a.rows; n++) {
-        total = fma(load_up_to(grad_normed(n) + d, count), hidden(n, slot_of(n), d, count) * splat(inverse[n]), total);
+        total.add(load_up_to(grad_normed(n) + d, count) * (hidden(n, slot_of(n), d, count) * splat(inverse[n])));
       }
-      store_up_to(static_cast<T *>(a.dweight) + d, total, count);
+      store_up_to(static_cast<T *>(a.dweight) + d, total.total(), count);
     }
   });
 }

@@ -150,18 +150,18 @@ void lora_backward_of(const fssa_lora_backward_args &a) {
     T *dbeta = static_cast<T *>(a.dbeta.data) + slot * a.dbeta.stride;
     for (int64_t r = 0; r < rank; r += WIDTH) {
       const int64_t count = rank - r;
-      Vec gammas = splat(0.0f), betas = splat(0.0f);
+      LongSum gammas, betas;
       for (int64_t i = begin; i < end; i++) {
         const int64_t at = groups.rows[i] * rank + r;
         const Vec h = load_up_to(raw + at, count), g = load_up_to(by_hidden + at, count) * scaling;
         const Vec scale = modulation.scale(slot, r, count);
-        gammas = fma(g, h, gammas);
-        betas = betas + g;
+        gammas.add(g * h);
+        betas.add(g);
         store_up_to(by_hidden + at, g * scale, count);  // from here on: by x a^T
         store_up_to(raw + at, fma(h, scale, modulation.shift(slot, r, count)) * scaling, count);  // scaling * hidden
       }
-      store_up_to(dgamma + r, gammas, count);
-      store_up_to(dbeta + r, betas, count);
+      store_up_to(dgamma + r, gammas.total(), count);
+      store_up_to(dbeta + r, betas.total(), count);
     }
   }
   axpys_store<T>(a.threads, Grid{by_hidden, rank, 1}, a.rows, rank, down, a.width, a.dx);

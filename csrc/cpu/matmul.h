@@ -281,11 +281,11 @@ static void axpys_parallel(
 
 // out[n] += sum over rows of x[m, n], float32, in the order of the rows.
 FSSA_INLINE void add_rows(const float *x, int64_t stride, int64_t rows, int64_t columns, float *out) {
-  for (int64_t m = 0; m < rows; m++) {
-    for (int64_t n = 0; n < columns; n += WIDTH) {
-      const int64_t count = columns - n;
-      store_up_to(out + n, load_up_to(out + n, count) + load_up_to(x + m * stride + n, count), count);
-    }
+  for (int64_t n = 0; n < columns; n += WIDTH) {
+    const int64_t count = columns - n;
+    LongSum total;
+    for (int64_t m = 0; m < rows; m++) total.add(load_up_to(x + m * stride + n, count));
+    store_up_to(out + n, load_up_to(out + n, count) + total.total(), count);
   }
 }
 

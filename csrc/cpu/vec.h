@@ -14,6 +14,7 @@
 
 #include "fssa.h"
 
+#define FSSA_INLINE_MEMBER inline __attribute__((always_inline))
 #define FSSA_INLINE static inline __attribute__((always_inline))
 #define FSSA_UNROLL _Pragma("GCC unroll 32")
 
@@ -279,6 +280,23 @@ FSSA_INLINE Vec exp_nonpositive(Vec x) {
   const Ints power = ((Ints)shifted << 23) + 0x3f800000;
   return p * (Vec)power;
 }
+
+// A long sum, taken a block of terms at a time, so that its error does not grow with its length.
+class LongSum {
+ public:
+  FSSA_INLINE_MEMBER void add(Vec x) {
+    block_ = block_ + x;
+    if (++count_ % 16 == 0) {
+      total_ = total_ + block_;
+      block_ = splat(0.0f);
+    }
+  }
+  FSSA_INLINE_MEMBER Vec total() const { return total_ + block_; }
+
+ private:
+  Vec block_ = splat(0.0f), total_ = splat(0.0f);
+  int64_t count_ = 0;
+};
 
 // Calls body(T{}) with the element type of that dtype.
 template <class Body>

@@ -95,17 +95,20 @@ class TextEmbedder:
         self._cache: OrderedDict[str, Tensor] = OrderedDict()
 
     @classmethod
+    def from_pretrained(cls, path: str, **options: Any) -> TextEmbedder:
+        """Loads encoder and tokenizer from a directory or a model's name; options as for the constructor."""
+        from transformers import AutoModel, AutoTokenizer
+
+        return cls(AutoModel.from_pretrained(path), AutoTokenizer.from_pretrained(path), **options)
+
+    @classmethod
     def from_config(cls, config: EmbedderConfig, source: str | None = None) -> TextEmbedder:
         """Loads the encoder from its name or path, or from `source` in its place.
 
         Raises ValueError where its width or its weights are not those the policy was trained with.
         """
-        from transformers import AutoModel, AutoTokenizer
-
-        path = source or config.name_or_path
-        embedder = cls(
-            AutoModel.from_pretrained(path),
-            AutoTokenizer.from_pretrained(path),
+        embedder = cls.from_pretrained(
+            source or config.name_or_path,
             pooling=config.pooling,
             template=config.template,
             normalize=config.normalize,

@@ -1,0 +1,96 @@
+"""From sampled answers to users' choices: pairs that differ clearly on one axis and as little as may be on others."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import permutations
+from typing import Any
+
+import torch
+
+from fssa_fast import TextEmbedder
+from fssa_fast.training import Preference
+
+from .criteria import AXES, Axis, preference
+from .prompts import Split
+
+__all__ = ["Pair", "pairs_of", "preferences"]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One choice that a kind of user would make: `chosen` before `rejected`, answers to one prompt."""
+
+    topic: str
+    prompt: str
+    chosen: str
+    rejected: str
+    chosen_ended: bool
+    rejected_ended: bool
+
+
+def pairs_of(
+    records: Sequence[Mapping[str, Any]],
+    split: Split,
+    *,
+    axes: Sequence[Axis] = AXES,
+    each: int = 6,
+    seed: int = 0,
+) -> dict[str, list[Pair]]:
+    """The pairs of every kind of user, by kind, in an order drawn from the seed.
+
+    Of each prompt, the `each` pairs whose answers differ by the axis' margin at least and whose differences on the
+    other axes are smallest: that a user likes short answers is not to be read off their being prose. The opposite kind
+    makes the opposite choice on the same pairs, so the two differ in nothing but the choice.
+
+    Args:
+        records: as `examples.demo.sample` writes them; those of the other split are left out.
+    """
+    by_prompt: dict[str, list[Mapping[str, Any]]] = {}
+    for record in records:
+        if record["split"] == split and record["response"]:
+            by_prompt.setdefault(record["prompt"], []).append(record)
+    draw = random.Random(seed)
+    found: dict[str, list[Pair]] = {}
+    for axis in axes:
+        others = [other for other in axes if other is not axis]
+        pairs: list[Pair] = []
+        for prompt, answers in by_prompt.items():
+            clear = [
+                (sum(abs(preference(other.high, a["response"], b["response"])) for other in others), i, a, b)
+                for i, (a, b) in enumerate(permutations(answers, 2))
+                if preference(axis.low, a["response"], b["response"]) >= 1
+            ]
+            pairs += [
+                Pair(a["topic"], prompt, a["response"], b["response"], a["ended"], b["ended"])
+                for _, _, a, b in sorted(clear, key=lambda entry: entry[:2])[:each]
+            ]
+        draw.shuffle(pairs)
+        found[axis.low] = pairs
+        found[axis.high] = [
+            Pair(p.topic, p.prompt, p.rejected, p.chosen, p.rejected_ended, p.chosen_ended) for p in pairs
+        ]
+    return found
+
+
+def preferences(pairs: Mapping[str, Sequence[Pair]], embedder: TextEmbedder) -> dict[str, list[Preference]]:
+    """The pairs as the trainer takes them: embedded, with the topic as what contexts and targets never share."""
+    found = {}
+    for kind, own in pairs.items():
+        texts = [(pair.prompt, text) for pair in own for text in (pair.chosen, pair.rejected)]
+        embedded = embedder.encode(texts).view(len(own), 2, -1) if own else torch.empty(0)
+        found[kind] = [
+            Preference(
+                [{"role": "user", "content": pair.prompt}],
+                pair.chosen,
+                pair.rejected,
+                pair.topic,
+                vectors,
+                pair.chosen_ended,
+                pair.rejected_ended,
+            )
+            for pair, vectors in zip(own, embedded, strict=True)
+        ]
+    return found

@@ -1,0 +1,186 @@
+"""What a user may care about, each as a number a program reads off the text, and measures of fluency.
+
+An :class:`Axis` has a user at each of its ends: on ``length``, the user ``short`` prefers the answer with fewer words,
+the user ``long`` the one with more. A difference counts from the axis' margin on.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import unicodedata
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .base import chat_prompt
+
+__all__ = [
+    "AXES",
+    "KINDS",
+    "Axis",
+    "axis_of",
+    "distinct_2",
+    "ended",
+    "foreign_share",
+    "log_likelihood",
+    "measure",
+    "preference",
+]
+
+_WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
+_SENTENCE_END = re.compile(r"[.!?]+(?=\s|$|[\"'”’)*])")
+_LIST_ITEM = re.compile(r"^\s*(?:[-*•]|\d{1,2}[.)])\s*\S")
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One criterion of choice.
+
+    Attributes:
+        name: name of the axis.
+        low: the kind of user who prefers small values.
+        high: the kind of user who prefers large values.
+        measure: from a text to the value.
+        margin: two texts closer than this do not differ on the axis.
+    """
+
+    name: str
+    low: str
+    high: str
+    measure: Callable[[str], float]
+    margin: float
+
+
+def words(text: str) -> list[str]:
+    """The words of a text: runs of letters, apostrophes within, no digits."""
+    return _WORD.findall(text)
+
+
+def _log_words(text: str) -> float:
+    return math.log2(max(1, len(words(text))))
+
+
+def _list_share(text: str) -> float:
+    """Share of the words that stand on lines opened by a bullet or a number; 0 with fewer than two such lines."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    items = [line for line in lines if _LIST_ITEM.match(line)]
+    if len(items) < 2:
+        return 0.0
+    total = sum(len(line.split()) for line in lines)
+    return sum(len(line.split()) for line in items) / total
+
+
+def _letters_per_word(text: str) -> float:
+    found = words(text)
+    return sum(map(len, found)) / len(found) if found else 0.0
+
+
+def _exclaiming_share(text: str) -> float:
+    """Share of sentences that end in an exclamation mark."""
+    ends = _SENTENCE_END.findall(text)
+    return sum("!" in end for end in ends) / len(ends) if ends else 0.0
+
+
+AXES: tuple[Axis, ...] = (
+    Axis("length", "short", "long", _log_words, 0.8),
+    Axis("form", "prose", "list", _list_share, 0.5),
+    Axis("vocabulary", "simple", "elaborate", _letters_per_word, 0.5),
+    Axis("energy", "calm", "excited", _exclaiming_share, 0.2),
+)
+KINDS: tuple[str, ...] = tuple(kind for axis in AXES for kind in (axis.low, axis.high))
+
+
+def axis_of(kind: str) -> tuple[Axis, int]:
+    """The axis a kind of user cares about and the direction, -1 or +1, in which it prefers values to go."""
+    for axis in AXES:
+        if kind in (axis.low, axis.high):
+            return axis, 1 if kind == axis.high else -1
+    raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
+
+
+def measure(text: str) -> dict[str, float]:
+    """The value of a text on every axis, by name."""
+    return {axis.name: axis.measure(text) for axis in AXES}
+
+
+def preference(kind: str, first: str, second: str) -> float:
+    """How much a kind of user prefers the first text, in margins of its axis: clearly from 1 on, not at all at 0."""
+    axis, sign = axis_of(kind)
+    return sign * (axis.measure(first) - axis.measure(second)) / axis.margin
+
+
+def distinct_2(text: str) -> float:
+    """Share of distinct ones among the pairs of neighbouring words; 1 where there is no pair."""
+    found = [word.lower() for word in words(text)]
+    pairs = list(zip(found, found[1:], strict=False))
+    return len(set(pairs)) / len(pairs) if pairs else 1.0
+
+
+def foreign_share(prompt: str, response: str) -> float:
+    """Share of a response's characters that are neither ASCII nor common typography, nor of a script in the prompt.
+
+    Scripts are told apart by the first word of a letter's Unicode name. Symbols and emoji count as foreign.
+    """
+    if not response:
+        return 0.0
+    scripts = {_script(char) for char in prompt if char.isalpha()} | {"LATIN"}
+
+    def foreign(char: str) -> bool:
+        if char.isascii() or char in "‘’“”–—…•°½é£€":
+            return False
+        return _script(char) not in scripts if char.isalpha() else True
+
+    return sum(map(foreign, response)) / len(response)
+
+
+def _script(char: str) -> str:
+    return unicodedata.name(char, "UNKNOWN").split()[0]
+
+
+def ended(token_ids: Sequence[int], eos_token_id: int) -> bool:
+    """Whether generated tokens hold the end of the answer, rather than being cut off."""
+    return eos_token_id in token_ids
+
+
+@torch.inference_mode()
+def log_likelihood(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    responses: Sequence[str],
+    *,
+    batch_size: int = 16,
+) -> list[float]:
+    """Mean log-likelihood a token of each response after its prompt, the end-of-answer token left out.
+
+    Args:
+        model: the base model; an adapter on it should be off.
+        tokenizer: its tokenizer.
+        prompts: what was asked, without the chat template.
+        responses: as many answers; an empty one gives NaN.
+        batch_size: rows a forward pass.
+    """
+    if len(prompts) != len(responses):
+        raise ValueError(f"prompts and responses must be equally many, got {len(prompts)} and {len(responses)}")
+    values: list[float] = []
+    for start in range(0, len(prompts), batch_size):
+        rows = range(start, min(start + batch_size, len(prompts)))
+        heads = [tokenizer(chat_prompt(tokenizer, prompts[row]), add_special_tokens=False).input_ids for row in rows]
+        tails = [tokenizer(responses[row], add_special_tokens=False).input_ids for row in rows]
+        width = max(len(head) + len(tail) for head, tail in zip(heads, tails, strict=True))
+        ids = torch.zeros(len(heads), width, dtype=torch.long)
+        attended, scored = torch.zeros_like(ids), torch.zeros(ids.shape, dtype=torch.bool)
+        for row, (head, tail) in enumerate(zip(heads, tails, strict=True)):
+            ids[row, : len(head) + len(tail)] = torch.tensor(head + tail)
+            attended[row, : len(head) + len(tail)] = 1
+            scored[row, len(head) : len(head) + len(tail)] = True
+        logits = model(input_ids=ids, attention_mask=attended, use_cache=False).logits[:, :-1]
+        losses = functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+        kept = scored[:, 1:]
+        sums, counts = (losses * kept).sum(1), kept.sum(1)
+        values += (-sums / counts).tolist()
+    return values

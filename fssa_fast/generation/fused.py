@@ -1,0 +1,376 @@
+"""The fused form of an attached model: the same numbers within rounding, for inference only, in few steps.
+
+A block is: one product for queries, keys, values and the A matrices of the adapters beside them; the adapters' expansion,
+added in place; one step from there through norms, rotary positions and the cache to the attention's output; the output
+projection; residual add and norm; one product for gate and up; their product; the down projection; and film, folded into
+the residual add and the next norm. The base model's parameters stay as they are; the packed copies take as much memory
+again. The attached form goes on working beside the fused one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fssa_fast.generation.block_ops import ACTIVATIONS, AttentionSettings, Expansion, Packed, Step, ops_for
+from fssa_fast.generation.cache import BlockCache
+from fssa_fast.steering.sites import LoraSite
+
+if TYPE_CHECKING:
+    from fssa_fast.steering.policy import SteerablePolicy
+
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
+_STATIC_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
+
+
+class CannotFuse(ValueError):
+    """The model has no fused form that computes the same."""
+
+
+@dataclass(frozen=True)
+class _Adapter:
+    """One adapter's columns in its group's product, its B, and the columns of the output that it is added to."""
+
+    site: LoraSite
+    hidden: slice
+    b: Packed
+    output: slice
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Projections that share an input, and the A matrices beside them, as one weight."""
+
+    weight: Packed
+    bias: Tensor | None
+    columns: tuple[slice, ...]  # of each projection's output
+    adapters: tuple[_Adapter, ...]
+
+
+@dataclass(frozen=True)
+class _Block:
+    qkv: _Group
+    o: _Group
+    gate_up: _Group
+    down: _Group
+    attention: AttentionSettings
+    mid_norm: Tensor  # before the feed-forward
+    after_attention: Tensor | None  # norms of what a block adds to the residual stream, where it has them (Gemma)
+    after_mlp: Tensor | None
+    film: tuple[slice, slice] | None
+
+
+class FusedModel:
+    """The fused form of a policy's model, as its parameters are now: fuse again after training.
+
+    Made by `SteerablePolicy.fuse`. Any device works; the native steps are the CPU's. Not safe between threads.
+
+    Raises: CannotFuse for an architecture, a projection, a rope or a hook that it does not know.
+    """
+
+    def __init__(self, policy: SteerablePolicy, max_positions: int | None = None) -> None:
+        model = policy.model
+        _check(policy)
+        self.policy, self.model = policy, model
+        self.config = model.config.get_text_config()
+        self.dtype, self.device = model.dtype, policy.device
+        self.ops = ops_for(self.device, self.dtype)
+        self.max_positions = max_positions or self.config.max_position_embeddings
+        backbone = model.model
+        self.embed = backbone.embed_tokens
+        self.eps = self.config.rms_norm_eps
+        self.activation = _activation(self.config)
+        self.first_norm = self._norm(backbone.layers[0].input_layernorm)
+        self._ropes: dict[str | None, tuple[Tensor, Tensor]] = {}
+        films = {site.path: (site.scale, site.shift) for site in policy.layout.films}
+        prefix = next(name for name, module in model.named_modules() if module is backbone.layers)
+        with torch.no_grad():
+            self.blocks = [self._block(f"{prefix}.{i}", block, films) for i, block in enumerate(backbone.layers)]
+            self.norms = [self._norm(block.input_layernorm) for block in list(backbone.layers)[1:]]
+            self.norms.append(self._norm(backbone.norm))
+            head = model.get_output_embeddings()
+            self.head = self.ops.pack(head.weight)
+            self.head_bias = head.bias
+        self.softcap = getattr(self.config, "final_logit_softcapping", None)
+        self._workspace = _Workspace(self, 0)
+
+    @property
+    def vocabulary(self) -> int:
+        """How many logits a token has."""
+        return self.head.outputs
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the packed weights, in bytes: what fusing costs."""
+        groups = [group for block in self.blocks for group in (block.qkv, block.o, block.gate_up, block.down)]
+        weights = [self.head, *(g.weight for g in groups), *(a.b for g in groups for a in g.adapters)]
+        return sum(weight.data.nbytes for weight in weights)
+
+    def new_cache(self, sequences: int, max_length: int, blocks: int | None = None) -> BlockCache:
+        """A cache for that many sequences of at most max_length positions; `blocks` of 32 in all (None: for all)."""
+        if not 0 < max_length <= self.max_positions:
+            raise ValueError(
+                f"max_length: expected at most the {self.max_positions} positions of the model, got {max_length}"
+            )
+        attention = self.blocks[0].attention
+        return BlockCache(
+            len(self.blocks),
+            attention.kv_heads,
+            attention.head_width,
+            sequences=sequences,
+            max_length=max_length,
+            blocks=blocks,
+            dtype=self.dtype,
+            device=self.device,
+        )
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        ids: Tensor,
+        slots: Tensor,
+        sequences: Tensor,
+        positions: Tensor,
+        cache: BlockCache,
+        logits_of: Tensor | None = None,
+    ) -> Tensor:
+        """One step over n tokens, of any sequences, in any order.
+
+        Args:
+            ids: token ids [n]. slots: of the bank, [n]. sequences: rows of the cache's table, [n].
+            positions: of each token in its sequence, [n]; all before it are in the cache or among these tokens.
+            logits_of: indices [m] of the tokens whose logits are wanted; None: all.
+
+        Returns: logits [m, V], in memory that the next call writes again.
+        Raises: IndexError for a slot, a sequence or a position that is out of range.
+        """
+        n = len(ids)
+        if n > self._workspace.size:
+            self._workspace = _Workspace(self, n)
+        return self._workspace.run(ids, slots, sequences, positions, cache, logits_of)
+
+    # ------------------------------------------------------------ making
+
+    def _block(self, path: str, block: nn.Module, films: dict[str, tuple[slice, slice]]) -> _Block:
+        attn, mlp = block.self_attn, block.mlp
+        gemma = hasattr(block, "pre_feedforward_layernorm")
+        after_attention = block.post_attention_layernorm if gemma else None
+        return _Block(
+            qkv=self._group(f"{path}.self_attn", attn, ("q_proj", "k_proj", "v_proj")),
+            o=self._group(f"{path}.self_attn", attn, ("o_proj",)),
+            gate_up=self._group(f"{path}.mlp", mlp, ("gate_proj", "up_proj")),
+            down=self._group(f"{path}.mlp", mlp, ("down_proj",)),
+            attention=self._attention(attn),
+            mid_norm=self._norm(block.pre_feedforward_layernorm if gemma else block.post_attention_layernorm),
+            after_attention=None if after_attention is None else self._norm(after_attention),
+            after_mlp=self._norm(block.post_feedforward_layernorm) if gemma else None,
+            film=films.get(path),
+        )
+
+    def _attention(self, attn: nn.Module) -> AttentionSettings:
+        width = attn.head_dim
+        # Mistral keeps its window in the configuration, for all blocks.
+        window = (self.config if self.config.model_type == "mistral" else attn).__dict__.get("sliding_window")
+        cos, sin = self._rope(getattr(attn, "layer_type", None))
+        if cos.shape[1] != width:
+            raise CannotFuse(f"model: expected rotary positions on all {width} columns, got {cos.shape[1]}")
+        return AttentionSettings(
+            heads=attn.q_proj.out_features // width,
+            kv_heads=attn.k_proj.out_features // width,
+            head_width=width,
+            q_norm=self._norm(attn.q_norm) if hasattr(attn, "q_norm") else None,
+            k_norm=self._norm(attn.k_norm) if hasattr(attn, "k_norm") else None,
+            eps=self.eps,
+            cos=cos,
+            sin=sin,
+            scale=float(attn.scaling),
+            softcap=float(getattr(attn, "attn_logit_softcapping", None) or 0.0),
+            window=int(window or 0),
+        )
+
+    def _rope(self, layer_type: str | None) -> tuple[Tensor, Tensor]:
+        rotary = self.model.model.rotary_emb
+        by_type = isinstance(rotary.rope_type, dict)
+        key = layer_type if by_type else None
+        if key not in self._ropes:
+            kind = rotary.rope_type[key] if by_type else rotary.rope_type
+            if kind not in _STATIC_ROPE:
+                raise CannotFuse(f"model: expected a rope of the kinds {', '.join(_STATIC_ROPE)}, got {kind!r}")
+            positions = torch.arange(self.max_positions, device=self.device)[None]
+            x = torch.zeros(1, device=self.device)
+            cos, sin = rotary(x, positions, *([key] if by_type else []))
+            self._ropes[key] = cos[0].float().contiguous(), sin[0].float().contiguous()
+        return self._ropes[key]
+
+    def _norm(self, norm: nn.Module) -> Tensor:
+        weight = norm.weight.detach()
+        if self.config.model_type.startswith("gemma"):
+            weight = (1 + weight.double()).to(weight.dtype)
+        return weight.contiguous()
+
+    def _group(self, path: str, parent: nn.Module, names: Sequence[str]) -> _Group:
+        projections = [getattr(parent, name) for name in names]
+        weights, columns, start = [], [], 0
+
+        def take(weight: Tensor) -> slice:
+            nonlocal start
+            weights.append(weight.to(self.dtype))
+            start += len(weight)
+            return slice(start - len(weight), start)
+
+        for projection in projections:
+            columns.append(take(projection.weight))
+        adapters = []
+        for projection, output in zip(projections, columns, strict=True):
+            child = getattr(projection, "fssa", None)
+            for site, a, b in zip(child.sites, child.a, child.b, strict=True) if child is not None else ():
+                packed = self.ops.pack((b.T * site.scaling).to(self.dtype))
+                adapters.append(_Adapter(site, take(a), packed, output))
+        bias = None
+        if any(projection.bias is not None for projection in projections):
+            bias = torch.zeros(start, dtype=self.dtype, device=self.device)
+            for projection, output in zip(projections, columns, strict=True):
+                if projection.bias is not None:
+                    bias[output] = projection.bias
+        return _Group(self.ops.pack(torch.cat(weights)), bias, tuple(columns), tuple(adapters))
+
+
+class _Workspace:
+    """Buffers for up to `size` tokens, and the list of steps for each number of tokens met."""
+
+    KEPT = 72  # numbers of tokens whose steps are kept
+
+    def __init__(self, fused: FusedModel, size: int) -> None:
+        self.fused, self.size = fused, size
+        # Steps hold addresses: what they belong to is kept with them.
+        self._plans: dict[tuple[int, ...], tuple[list[Step], BlockCache, Tensor]] = {}
+        width, block = fused.embed.weight.shape[1], fused.blocks[0]
+
+        def new(columns: int) -> Tensor:
+            return torch.empty(size, columns, dtype=fused.dtype, device=fused.device)
+
+        def index(dtype: torch.dtype) -> Tensor:
+            return torch.zeros(size, dtype=dtype, device=fused.device)
+
+        self.slots, self.sequences, self.positions = index(torch.int32), index(torch.int32), index(torch.int32)
+        self.hidden, self.normed = new(width), new(width)
+        self.qkv = new(max(b.qkv.weight.outputs for b in fused.blocks))
+        self.attended = new(block.attention.heads * block.attention.head_width)
+        self.out = new(max(g.weight.outputs for b in fused.blocks for g in (b.o, b.down)))
+        self.gate_up = new(max(b.gate_up.weight.outputs for b in fused.blocks))
+        self.gated = new(block.down.weight.width)
+        self.logits = torch.empty(0, fused.vocabulary, dtype=fused.dtype, device=fused.device)
+        self.zeros = torch.zeros(1, width, dtype=fused.dtype, device=fused.device)
+
+    def run(
+        self,
+        ids: Tensor,
+        slots: Tensor,
+        sequences: Tensor,
+        positions: Tensor,
+        cache: BlockCache,
+        logits_of: Tensor | None,
+    ) -> Tensor:
+        n, fused = len(ids), self.fused
+        for buffer, values in ((self.slots, slots), (self.sequences, sequences), (self.positions, positions)):
+            buffer[:n] = values
+        self.out[:n, : self.hidden.shape[1]] = fused.embed(ids)
+        rows = fused.policy.bank.rows
+        key = n, id(cache), id(rows), torch.get_num_threads()
+        if key not in self._plans:
+            if len(self._plans) >= self.KEPT:
+                self._plans.clear()
+            self._plans[key] = list(self._steps(n, cache, rows)), cache, rows
+        for step in self._plans[key][0]:
+            step()
+        normed = self.normed[:n] if logits_of is None else self.normed[logits_of]
+        if len(normed) > len(self.logits):
+            self.logits = torch.empty(len(normed), fused.vocabulary, dtype=fused.dtype, device=fused.device)
+        logits = self.logits[: len(normed)]
+        fused.ops.linear(normed, fused.head, fused.head_bias, logits)()
+        return logits if fused.softcap is None else fused.softcap * torch.tanh(logits / fused.softcap)
+
+    def _steps(self, n: int, cache: BlockCache, rows: Tensor) -> Iterator[Step]:
+        fused, ops = self.fused, self.fused.ops
+        slots, sequences, positions = self.slots[:n], self.sequences[:n], self.positions[:n]
+        hidden, normed, attended, gated = self.hidden[:n], self.normed[:n], self.attended[:n], self.gated[:n]
+        width = hidden.shape[1]
+        nothing = self.zeros.expand(len(rows), width)
+
+        def norm(x: Tensor, residual: Tensor, weight: Tensor, film: tuple[slice, slice] | None, to: Tensor) -> Step:
+            scale, shift = (nothing, nothing) if film is None else (rows[:, film[0]], rows[:, film[1]])
+            return ops.film_norm(x, residual, scale, shift, slots, weight, fused.eps, to, normed)
+
+        def alone(x: Tensor, weight: Tensor) -> Step:
+            return ops.film_norm(x, self.zeros.expand(n, width), nothing, nothing, slots, weight, fused.eps, x, x)
+
+        def project(x: Tensor, group: _Group, buffer: Tensor) -> Iterator[Step]:
+            y = buffer[:n]
+            yield ops.linear(x, group.weight, group.bias, y[:, : group.weight.outputs])
+            if group.adapters:
+                yield ops.adapt(
+                    [
+                        Expansion(
+                            y[:, adapter.hidden],
+                            rows[:, adapter.site.gamma].expand(-1, adapter.site.rank),
+                            None if adapter.site.beta is None else rows[:, adapter.site.beta],
+                            adapter.b,
+                            y[:, adapter.output],
+                        )
+                        for adapter in group.adapters
+                    ],
+                    slots,
+                )
+
+        out = self.out[:n, :width]
+        yield norm(out, self.zeros.expand(n, width), fused.first_norm, None, hidden)
+        for layer, (block, next_norm) in enumerate(zip(fused.blocks, fused.norms, strict=True)):
+            yield from project(normed, block.qkv, self.qkv)
+            q, k, v = (self.qkv[:n, columns] for columns in block.qkv.columns)
+            yield ops.attention(block.attention, q, k, v, positions, sequences, cache, layer, attended)
+            yield from project(attended, block.o, self.out)
+            if block.after_attention is not None:
+                yield alone(out, block.after_attention)
+            yield norm(out, hidden, block.mid_norm, None, hidden)
+            yield from project(normed, block.gate_up, self.gate_up)
+            gate, up = (self.gate_up[:n, columns] for columns in block.gate_up.columns)
+            yield ops.gate(fused.activation, gate, up, gated)
+            yield from project(gated, block.down, self.out)
+            if block.after_mlp is not None:
+                yield alone(out, block.after_mlp)
+            yield norm(out, hidden, next_norm, block.film, hidden)
+
+
+def _activation(config: Any) -> str:
+    return getattr(config, "hidden_activation", None) or config.hidden_act
+
+
+def _check(policy: SteerablePolicy) -> None:
+    model = policy.model
+    config = model.config.get_text_config()
+    kind = config.model_type
+    if kind not in ARCHITECTURES:
+        raise CannotFuse(f"model: expected one of {', '.join(ARCHITECTURES)}, got {kind!r}")
+    if _activation(config) not in ACTIVATIONS:
+        raise CannotFuse(f"model: expected an activation of {', '.join(ACTIVATIONS)}, got {_activation(config)!r}")
+    if getattr(config, "use_bidirectional_attention", False):
+        raise CannotFuse("model: expected causal attention, got attention in both directions")
+    own = {handle.id for handle in policy.attachment.handles}
+    for name, module in model.named_modules():
+        hooks = {**module._forward_hooks, **module._forward_pre_hooks}
+        for number, hook in hooks.items():
+            # transformers leaves hooks that only look, once hidden states have been asked for.
+            looks = getattr(hook, "__module__", None) == "transformers.utils.output_capturing"
+            if number not in own and not looks:
+                raise CannotFuse(f"model: expected no hooks but the policy's, got {hook!r} on {name!r}")
+        if "forward" in module.__dict__:
+            raise CannotFuse(f"model: expected modules as they are, got {name!r} with a forward put over its own")
+    for name, module in model.model.layers.named_modules():
+        if name.endswith("_proj") and type(module) is not nn.Linear:
+            raise CannotFuse(f"model: expected plain linear projections, got {name!r}, a {type(module).__name__}")
+    if any(parameter.dtype != model.dtype for name, parameter in model.named_parameters() if ".fssa." not in name):
+        raise CannotFuse(f"model: expected all parameters in {model.dtype}, got several dtypes")
