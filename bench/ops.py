@@ -165,7 +165,8 @@ def main() -> None:
                     if side in times:
                         rows += [pretty(times[side].median), f"{times[side].median / mine:.2f}x"]
                 table.add_row(*rows)
-                results.append({"op": op, "case": case, "dtype": dtype, "seconds": {k: t._asdict() for k, t in times.items()}})  # fmt: skip
+                seconds = {side: timing._asdict() for side, timing in times.items()}
+                results.append({"op": op, "case": case, "dtype": dtype, "seconds": seconds})
         console.print(table)
     if args.json:
         args.json.write_text(json.dumps({"machine": about, "results": results}, indent=1) + "\n")

@@ -73,9 +73,7 @@ def summary(times: list[float]) -> Timing:
 
 def pretty(seconds: float) -> str:
     """A time in the unit that suits it."""
-    for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
-        if seconds >= size:
-            break
+    unit, size = next((u for u in (("s", 1.0), ("ms", 1e-3)) if seconds >= u[1]), ("us", 1e-6))
     return f"{seconds / size:.3g} {unit}"
 
 
@@ -89,18 +87,17 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _commit() -> str:
+def _git(*arguments: str) -> str:
     root = Path(__file__).resolve().parent.parent
+    return subprocess.run(["git", *arguments], cwd=root, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def _commit() -> str:
     try:
-        commit = subprocess.run(
-            ["git", "rev-parse", "--short=12", "HEAD"], cwd=root, check=True, capture_output=True, text=True
-        ).stdout.strip()
-        changed = subprocess.run(
-            ["git", "status", "--porcelain", "--untracked-files=no"], cwd=root, check=True, capture_output=True, text=True
-        ).stdout.strip()
+        commit, changes = _git("rev-parse", "--short=12", "HEAD"), _git("status", "--porcelain", "-uno")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return commit + (" and changes" if changed else "")
+    return commit + (" and changes" if changes else "")
 
 
 def machine() -> dict[str, Any]:

@@ -15,7 +15,7 @@ app = typer.Typer(
 )
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)  # so that --version needs no command
 def _version(
     version: Annotated[bool, typer.Option("--version", help="Print the version and leave.", is_eager=True)] = False,
 ) -> None:
@@ -58,7 +58,7 @@ def main() -> None:
     try:
         app()
     except (ValueError, OSError, KeyError, RuntimeError) as error:
-        typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
+        typer.secho(f"error: {' '.join(str(error).split())}", fg=typer.colors.RED, err=True)
         raise SystemExit(1) from error
 
 

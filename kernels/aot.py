@@ -225,7 +225,7 @@ def _amd(compiled: Any) -> dict[str, Any]:
 
     return {
         "registers": number("vgpr_count"),
-        "spills": number("vgpr_spill_count") + number("sgpr_spill_count") + number("private_segment_fixed_size"),
+        "spills": number("vgpr_spill_count") + number("private_segment_fixed_size"),  # sgprs spill into vgprs
         "shared": compiled.metadata.shared,
         "products": "v_mfma" if "v_mfma" in asm else "",
         "loads128": len(re.findall(r"(?:global|buffer)_load_(?:dwordx4|b128)", asm)),

@@ -71,7 +71,7 @@ def shrink_tile(rows: int, width: int, rank: int, dtype: torch.dtype) -> ShrinkT
     chunk = -(-width // (splits * step)) * step
     splits = -(-width // chunk)
     height = 16 if rows <= 64 else 32
-    ranks = power_of_two(rank, 16, 64)
+    ranks = power_of_two(rank, 16, 32 if _wide(dtype) else 64)
     tiles = -(-rows // height) * -(-rank // ranks)
     return ShrinkTile(height, ranks, step, chunk, splits, splits if tiles >= 128 else 1, 4, 3)
 
@@ -100,7 +100,7 @@ class LinearTile(NamedTuple):
 
 def linear_tile(rows: int, width: int, dtype: torch.dtype) -> LinearTile:
     """The context encoder's linears: few rows, so a program takes many columns and streams the weights."""
-    columns = power_of_two(width, 16, 128)
+    columns = power_of_two(width, 16, 64 if _wide(dtype) else 128)
     return LinearTile(16 if rows <= 1024 else 32, columns, 16 if _wide(dtype) else 64, max(1, columns // 16), 3)
 
 
@@ -113,5 +113,5 @@ class AttentionTile(NamedTuple):
 def attention_tile(depth: int, dtype: torch.dtype) -> AttentionTile:
     """Square tiles of a user's pairs; a context that fits one takes the short way."""
     if _wide(dtype):
-        return AttentionTile(32, power_of_two(depth, 16, 32), 4)
+        return AttentionTile(32, 16, 4)
     return AttentionTile(64, power_of_two(depth, 16, 64), 8)

@@ -413,9 +413,8 @@ struct Backward {
       weight_gradient(dfirst, chunk.pairs, latent, option, width, inner0.weight + which * width, 2 * width);
       const Rows<T> w{encoder.typed(in.weights.inner0) + which * width, 2 * width};
       axpys_parallel(in.threads, Grid{dfirst, latent, 1}, chunk.pairs, latent, w, width,
-                     [&](int64_t m, int64_t n, Vec v, int64_t count, bool more) {
-                       T *to = dpairs + option.index(m) + n;
-                       store_up_to(to, more ? load_up_to(to, count) + v : v, count);
+                     [&](int64_t m, int64_t n, Vec v, int64_t count) {
+                       store_up_to(dpairs + option.index(m) + n, v, count);
                      });
     }
   }

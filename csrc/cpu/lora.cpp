@@ -51,10 +51,8 @@ struct AddScaled {
   T *out;
   int64_t stride;
   float scaling;
-  void operator()(int64_t m, int64_t n, Vec v, int64_t count, bool more) const {
-    T *to = out + m * stride + n;
-    const Vec before = load_up_to(more ? to : y(m) + n, count);
-    store_up_to(to, fma(v, splat(scaling), before), count);
+  void operator()(int64_t m, int64_t n, Vec v, int64_t count) const {
+    store_up_to(out + m * stride + n, fma(v, splat(scaling), load_up_to(y(m) + n, count)), count);
   }
 };
 
@@ -99,33 +97,14 @@ void lora_of(const fssa_lora_args &a) {
   });
 }
 
-// Rounds a matrix of float32 into the batch's dtype.
+// emit for a matrix in the batch's dtype.
 template <class T>
-void store_matrix(const float *from, int64_t rows, int64_t columns, const fssa_output &to) {
-  for (int64_t m = 0; m < rows; m++) {
-    T *row = static_cast<T *>(to.data) + m * to.stride;
-    for (int64_t n = 0; n < columns; n += WIDTH) {
-      store_up_to(row + n, load_up_to(from + m * columns + n, columns - n), columns - n);
-    }
+struct Store {
+  const fssa_output &to;
+  void operator()(int64_t m, int64_t n, Vec v, int64_t count) const {
+    store_up_to(static_cast<T *>(to.data) + m * to.stride + n, v, count);
   }
-}
-
-// emit for a matrix of T that is written once: sums of more than one part go through float32, in `Into`.
-template <class T>
-void axpys_store(int threads, const Grid &g, int64_t rows, int64_t depth, const Rows<T> &b, int64_t columns,
-                 const fssa_output &to) {
-  if (depth <= AXPY_DEPTH) {
-    T *out = static_cast<T *>(to.data);
-    axpys_parallel(threads, g, rows, depth, b, columns, [&](int64_t m, int64_t n, Vec v, int64_t count, bool) {
-      store_up_to(out + m * to.stride + n, v, count);
-    });
-    return;
-  }
-  Scratch scratch;
-  float *sums = scratch.floats(rows * columns);
-  axpys_parallel(threads, g, rows, depth, b, columns, Into{sums, columns, false});
-  store_matrix<T>(sums, rows, columns, to);
-}
+};
 
 template <class T>
 void lora_backward_of(const fssa_lora_backward_args &a) {
@@ -164,12 +143,13 @@ void lora_backward_of(const fssa_lora_backward_args &a) {
       store_up_to(dbeta + r, betas.total(), count);
     }
   }
-  axpys_store<T>(a.threads, Grid{by_hidden, rank, 1}, a.rows, rank, down, a.width, a.dx);
-  axpys_store<T>(a.threads, Grid{by_hidden, 1, rank}, rank, a.rows, x, a.width, a.da);
+  axpys_parallel(a.threads, Grid{by_hidden, rank, 1}, a.rows, rank, down, a.width, Store<T>{a.dx});
+  axpys_parallel(a.threads, Grid{by_hidden, 1, rank}, rank, a.rows, x, a.width, Store<T>{a.da});
   first = 0;
   for (int64_t i = 0; i < a.part_count; first += a.parts[i].rank, i++) {
     const fssa_lora_backward_part &part = a.parts[i];
-    axpys_store<T>(a.threads, Grid{raw + first, 1, rank}, part.rank, a.rows, rows_of(T{}, part.grad), part.width, part.db);
+    axpys_parallel(a.threads, Grid{raw + first, 1, rank}, part.rank, a.rows, rows_of(T{}, part.grad), part.width,
+                   Store<T>{part.db});
   }
 }
 

@@ -26,7 +26,7 @@ constexpr int DOT_COLUMNS = 4;
 constexpr int64_t DOT_DEPTH = 640;  // four rows of w and a tile's rows of x, this long, fit the first cache
 constexpr int64_t DOT_PACK_ROWS = 16, DOT_PACK_COLUMNS = 48;  // from here on packing x pays
 constexpr int64_t AXPY_WIDTH = 2 * WIDTH;
-constexpr int64_t AXPY_DEPTH = 512;
+constexpr int64_t AXPY_DEPTH = 64;  // so many terms are summed before they join the sum of those before them
 
 // A row-major matrix whose rows lie `stride` apart.
 template <class T>
@@ -154,20 +154,26 @@ struct Grid {
 // tile[i, j] = sum_k a[i, k] b[k, j] for ROWS rows and AXPY_WIDTH columns.
 template <int ROWS, class B>
 FSSA_INLINE void axpy_tile(const Grid &a, const B *b, int64_t b_stride, int64_t depth, float *tile) {
-  Vec sums[ROWS][2] = {};
   const float *factors = a.data;
-  for (int64_t k = 0; k < depth; k++, factors += a.column, b += b_stride) {
-    const Vec left = load(b), right = load(b + WIDTH);
-    FSSA_UNROLL for (int i = 0; i < ROWS; i++) {
-      const Vec factor = splat(factors[i * a.row]);
-      sums[i][0] = fma(factor, left, sums[i][0]);
-      sums[i][1] = fma(factor, right, sums[i][1]);
+  int64_t k = 0;
+  do {  // once also where there is nothing to sum
+    Vec sums[ROWS][2] = {};
+    const int64_t end = lesser(depth, k + AXPY_DEPTH);
+    const bool add = k > 0;
+    for (; k < end; k++, factors += a.column, b += b_stride) {
+      const Vec left = load(b), right = load(b + WIDTH);
+      FSSA_UNROLL for (int i = 0; i < ROWS; i++) {
+        const Vec factor = splat(factors[i * a.row]);
+        sums[i][0] = fma(factor, left, sums[i][0]);
+        sums[i][1] = fma(factor, right, sums[i][1]);
+      }
     }
-  }
-  FSSA_UNROLL for (int i = 0; i < ROWS; i++) {
-    store(tile + i * AXPY_WIDTH, sums[i][0]);
-    store(tile + i * AXPY_WIDTH + WIDTH, sums[i][1]);
-  }
+    FSSA_UNROLL for (int i = 0; i < ROWS; i++) {
+      float *row = tile + i * AXPY_WIDTH;
+      store(row, add ? load(row) + sums[i][0] : sums[i][0]);
+      store(row + WIDTH, add ? load(row + WIDTH) + sums[i][1] : sums[i][1]);
+    }
+  } while (k < depth);
 }
 
 // The same for `rows` rows, at most ROWS.
@@ -179,41 +185,37 @@ static void axpy_rows(int64_t rows, const Grid &a, const B *b, int64_t b_stride,
   axpy_tile<ROWS>(a, b, b_stride, depth, tile);
 }
 
-// emit(m, n, v, count, more) takes the elements out[m, n ..] of which `count` (at least one, perhaps more than WIDTH: then
-// all of v) are wanted: v = sum_k a[m, k] b(k)[n ..], or, with `more`, a part of that sum to add to the parts before it.
+// emit(m, n, v, count) takes the elements out[m, n ..] of which `count` (at least one, perhaps more than WIDTH: then all
+// of v) are wanted: v = sum_k a[m, k] b(k)[n ..], n from `begin` to `end`.
 template <class BRows, class Emit>
 static void axpys(
     const Grid &a, int64_t rows, int64_t depth, const BRows &b, int64_t begin, int64_t end, const Emit &emit) {
   Scratch scratch;
-  float *packed = scratch.floats(lesser(depth, AXPY_DEPTH) * AXPY_WIDTH);
+  float *packed = nullptr;
   float tile[AXPY_ROWS * AXPY_WIDTH];
   for (int64_t n = begin; n < end; n += AXPY_WIDTH) {
     const int64_t columns = lesser(AXPY_WIDTH, end - n);
     const bool in_place = b.stride && rows <= AXPY_ROWS && columns == AXPY_WIDTH;
-    int64_t k = 0;
-    do {  // once also where there is nothing to sum
-      const int64_t length = lesser(AXPY_DEPTH, depth - k);
-      for (int64_t i = 0; i < length && !in_place; i++) {
-        const auto *row = b(k + i) + n;
-        float *to = packed + i * AXPY_WIDTH;
-        store(to, load_up_to(row, columns));
-        store(to + WIDTH, columns > WIDTH ? load_up_to(row + WIDTH, columns - WIDTH) : splat(0.0f));
+    if (!in_place && !packed) packed = scratch.floats(depth * AXPY_WIDTH);
+    for (int64_t k = 0; k < depth && !in_place; k++) {
+      const auto *row = b(k) + n;
+      float *to = packed + k * AXPY_WIDTH;
+      store(to, load_up_to(row, columns));
+      store(to + WIDTH, columns > WIDTH ? load_up_to(row + WIDTH, columns - WIDTH) : splat(0.0f));
+    }
+    for (int64_t m = 0; m < rows; m += AXPY_ROWS) {
+      const int64_t height = lesser(AXPY_ROWS, rows - m);
+      const Grid part{a.data + m * a.row, a.row, a.column};
+      if (in_place) {
+        axpy_rows<AXPY_ROWS>(height, part, b(0) + n, b.stride, depth, tile);
+      } else {
+        axpy_rows<AXPY_ROWS>(height, part, static_cast<const float *>(packed), AXPY_WIDTH, depth, tile);
       }
-      for (int64_t m = 0; m < rows; m += AXPY_ROWS) {
-        const int64_t height = lesser(AXPY_ROWS, rows - m);
-        const Grid part{a.data + m * a.row + k * a.column, a.row, a.column};
-        if (in_place) {
-          axpy_rows<AXPY_ROWS>(height, part, b(k) + n, b.stride, length, tile);
-        } else {
-          axpy_rows<AXPY_ROWS>(height, part, static_cast<const float *>(packed), AXPY_WIDTH, length, tile);
-        }
-        for (int64_t i = 0; i < height; i++) {
-          emit(m + i, n, load(tile + i * AXPY_WIDTH), columns, k > 0);
-          if (columns > WIDTH) emit(m + i, n + WIDTH, load(tile + i * AXPY_WIDTH + WIDTH), columns - WIDTH, k > 0);
-        }
+      for (int64_t i = 0; i < height; i++) {
+        emit(m + i, n, load(tile + i * AXPY_WIDTH), columns);
+        if (columns > WIDTH) emit(m + i, n + WIDTH, load(tile + i * AXPY_WIDTH + WIDTH), columns - WIDTH);
       }
-      k += length;
-    } while (k < depth);
+    }
   }
 }
 
@@ -222,9 +224,9 @@ struct Into {
   float *data;
   int64_t stride;
   bool add;
-  void operator()(int64_t m, int64_t n, Vec v, int64_t count, bool more) const {
+  void operator()(int64_t m, int64_t n, Vec v, int64_t count) const {
     float *out = data + m * stride + n;
-    store_up_to(out, add || more ? load_up_to(out, count) + v : v, count);
+    store_up_to(out, add ? load_up_to(out, count) + v : v, count);
   }
 };
 
@@ -275,7 +277,7 @@ static void axpys_parallel(
     const int64_t m = task / pieces.across * pieces.rows, n = task % pieces.across * pieces.columns;
     const Grid part{a.data + m * a.row, a.row, a.column};
     axpys(part, lesser(pieces.rows, rows - m), depth, b, n, lesser(n + pieces.columns, columns),
-          [&](int64_t i, int64_t j, Vec v, int64_t count, bool more) { emit(m + i, j, v, count, more); });
+          [&](int64_t i, int64_t j, Vec v, int64_t count) { emit(m + i, j, v, count); });
   });
 }
 

@@ -32,7 +32,6 @@ __all__ = [
 ]
 
 _WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
-_SENTENCE_END = re.compile(r"[.!?]+(?=\s|$|[\"'”’)*])")
 _LIST_ITEM = re.compile(r"^\s*(?:[-*•]|\d{1,2}[.)])\s*\S")
 
 
@@ -79,17 +78,10 @@ def _letters_per_word(text: str) -> float:
     return sum(map(len, found)) / len(found) if found else 0.0
 
 
-def _exclaiming_share(text: str) -> float:
-    """Share of sentences that end in an exclamation mark."""
-    ends = _SENTENCE_END.findall(text)
-    return sum("!" in end for end in ends) / len(ends) if ends else 0.0
-
-
 AXES: tuple[Axis, ...] = (
     Axis("length", "short", "long", _log_words, 0.8),
     Axis("form", "prose", "list", _list_share, 0.5),
     Axis("vocabulary", "simple", "elaborate", _letters_per_word, 0.5),
-    Axis("energy", "calm", "excited", _exclaiming_share, 0.2),
 )
 KINDS: tuple[str, ...] = tuple(kind for axis in AXES for kind in (axis.low, axis.high))
 

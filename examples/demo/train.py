@@ -17,6 +17,7 @@ from fssa_fast.training import NPDPOArguments, NPDPOTrainer, PreferenceData
 
 from .base import load_base, load_embedder
 from .choices import pairs_of, preferences
+from .encoder import accuracy, fit_reward, standardize
 from .sample import read_samples
 
 RANK, LATENT, EMBEDDING = 16, 64, 384
@@ -26,10 +27,10 @@ def train(
     samples: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
-    steps: int = 400,
-    examples: int = 2,
-    targets: int = 2,
-    learning_rate: float = 3e-4,
+    steps: int = 240,
+    examples: int = 4,
+    targets: int = 1,
+    learning_rate: float = 4e-4,
     beta: float = 0.1,
     likelihood_weight: float = 1.0,
     seed: int = 0,
@@ -40,13 +41,23 @@ def train(
     model, tokenizer = load_base(cache_dir)
     # The base is frozen: bfloat16 halves its cost, the adapter is trained in float32.
     config = SteeringConfig(
-        EncoderConfig(EMBEDDING, LATENT, inner="mlp"), film=True, loras=(LoraConfig(("q_proj", "v_proj"), RANK),)
+        EncoderConfig(EMBEDDING, LATENT, inner="mlp", dropout=0.0),
+        film=True,
+        loras=(LoraConfig(("q_proj", "v_proj"), RANK),),
     )
     embedder = TextEmbedder(*load_embedder())
+    records = read_samples(samples)
+    users = preferences(pairs_of(records, "train", seed=seed), embedder)
+    unseen = preferences(pairs_of(records, "test", seed=seed), embedder)
+    reward = fit_reward(users, LATENT, seed=seed)
+    for count in (0, 1, 3, 5, 10):
+        print(f"reward model, {count} choices: {100 * accuracy(reward, unseen, count):.1f} % of unseen choices right")
+    standardize(reward.encoder, users)
     policy = SteerablePolicy(
         model.to(torch.bfloat16), config, tokenizer=tokenizer, embedder=embedder, modulation_std=0.1
     )
-    users = preferences(pairs_of(read_samples(samples), "train", seed=seed), embedder)
+    policy.encoder.load_state_dict(reward.encoder.state_dict())
+    policy.encoder.requires_grad_(False)  # it knows users already; what is left to learn is how to answer them
     data = PreferenceData(users, tokenizer, length=steps * examples, targets=targets, seed=seed)
     work = Path(out).with_name(Path(out).name + "-run")
     arguments = NPDPOArguments(
@@ -77,10 +88,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train the demo adapter.")
     parser.add_argument("samples", help="JSON lines of examples.demo.sample")
     parser.add_argument("out", help="directory to write the policy to")
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--examples", type=int, default=2, help="users a batch")
-    parser.add_argument("--targets", type=int, default=2, help="pairs a user")
-    parser.add_argument("--learning-rate", type=float, default=3e-4)
+    parser.add_argument("--steps", type=int, default=240)
+    parser.add_argument("--examples", type=int, default=4, help="users a batch")
+    parser.add_argument("--targets", type=int, default=1, help="pairs a user")
+    parser.add_argument("--learning-rate", type=float, default=4e-4)
     parser.add_argument("--beta", type=float, default=0.1)
     parser.add_argument("--likelihood-weight", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)

@@ -50,7 +50,7 @@ def isa() -> str:
 
 
 def set_isa(name: str) -> None:
-    """Uses this instruction set from now on, in all threads. Raises ValueError, or RuntimeError if the machine has none."""
+    """Uses this instruction set from now on, in all threads; ValueError or RuntimeError where the machine cannot."""
     core().set_cpu_isa(name)
 
 

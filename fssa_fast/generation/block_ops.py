@@ -149,7 +149,7 @@ class NativeOps:
             self.CODES[x.dtype], len(x), weight.width, weight.outputs, _at(x), weight.data.data_ptr(),
             0 if bias is None else bias.data_ptr(), _at(y), torch.get_num_threads(),
         )  # fmt: skip
-        return self._call(self._core.cpu_linear, args)
+        return self._call(self._core.cpu_linear, args, x, weight, bias, y)
 
     def adapt(self, parts: Sequence[Expansion], slots: Tensor) -> Step:
         listed = [
@@ -162,13 +162,13 @@ class NativeOps:
         ]  # fmt: skip
         code, rows = self.CODES[parts[0].y.dtype], len(parts[0].y)
         where = self._slots(slots, len(parts[0].gamma))
-        return self._call(self._core.cpu_adapt, (code, rows, where, listed, torch.get_num_threads()))
+        return self._call(self._core.cpu_adapt, (code, rows, where, listed, torch.get_num_threads()), parts, slots)
 
     def gate(self, activation: str, gate: Tensor, up: Tensor, y: Tensor) -> Step:
         args = (
             self.CODES[y.dtype], ACTIVATIONS[activation], *y.shape, _at(gate), _at(up), _at(y), torch.get_num_threads(),
         )  # fmt: skip
-        return self._call(self._core.cpu_gate, args)
+        return self._call(self._core.cpu_gate, args, gate, up, y)
 
     def film_norm(
         self,
@@ -186,7 +186,7 @@ class NativeOps:
             self.CODES[x.dtype], *x.shape, _at(x), _at(residual), _at(scale), _at(shift),
             self._slots(slots, len(scale)), weight.data_ptr(), eps, _at(hidden), _at(normed), torch.get_num_threads(),
         )  # fmt: skip
-        return self._call(self._core.cpu_film_norm, args)
+        return self._call(self._core.cpu_film_norm, args, x, residual, scale, shift, slots, weight, hidden, normed)
 
     def attention(
         self,
@@ -209,15 +209,19 @@ class NativeOps:
             cache.table.data_ptr(), *cache.table.shape, keys.data_ptr(), values.data_ptr(), len(keys),
             s.scale, s.softcap, s.window, _at(out), torch.get_num_threads(),
         )  # fmt: skip
-        return self._call(self._core.cpu_attention, args)
+        return self._call(self._core.cpu_attention, args, s, q, k, v, positions, sequences, cache, out)
 
     @staticmethod
     def _slots(slots: Tensor, limit: int) -> tuple[int, bool, int, int, int]:
         return slots.data_ptr(), False, len(slots), 1, limit
 
     @staticmethod
-    def _call(function: Callable[..., None], args: tuple[Any, ...]) -> Step:
-        return lambda: function(*args)
+    def _call(function: Callable[..., None], args: tuple[Any, ...], *tensors: Any) -> Step:
+        # The core gets addresses: what lies there lives as long as the step.
+        def run(tensors: tuple[Any, ...] = tensors) -> None:
+            function(*args)
+
+        return run
 
 
 class PlainOps:
@@ -227,7 +231,10 @@ class PlainOps:
         return Packed(weight.detach().clone(), *weight.shape)
 
     def linear(self, x: Tensor, weight: Packed, bias: Tensor | None, y: Tensor) -> Step:
-        return lambda: y.copy_(functional.linear(x, weight.data, bias)) and None
+        def run() -> None:
+            y.copy_(functional.linear(x, weight.data, bias))
+
+        return run
 
     def adapt(self, parts: Sequence[Expansion], slots: Tensor) -> Step:
         def run() -> None:
@@ -236,7 +243,7 @@ class PlainOps:
                 hidden = part.gamma[index] * part.hidden
                 if part.beta is not None:
                     hidden = hidden + part.beta[index]
-                part.y += functional.linear(hidden, part.b.data)
+                part.y.add_(functional.linear(hidden, part.b.data))
 
         return run
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fssa_fast.generation.engine import Engine
+from fssa_fast.generation.fused import FusedModel
 from fssa_fast.generation.generate import Prompts, generate, stream
 from fssa_fast.nn import ContextEncoder, Modulator
 from fssa_fast.ops._common import check_tensor
@@ -227,3 +229,27 @@ class SteerablePolicy(nn.Module):
     def stream(self, prompt: Any, user: str, **options: Any) -> Iterator[str]:
         """Answers one prompt piece by piece; see `fssa_fast.generation.stream`."""
         return stream(self, prompt, user, **options)
+
+    # ------------------------------------------------------------ many users at once
+
+    fused: FusedModel | None = None
+    """The fused form, once `fuse` has made it."""
+
+    def fuse(self, *, max_positions: int | None = None) -> FusedModel:
+        """Makes the fused form of the model as it is now, for inference; see `fssa_fast.generation.FusedModel`.
+
+        The model and its parameters stay as they are; the packed weights take as much memory again. After training,
+        fuse again. max_positions: the longest sequence it will serve; None takes the model's own limit.
+
+        Raises: CannotFuse for a model that has no fused form which computes the same.
+        """
+        self.fused = FusedModel(self, max_positions)
+        return self.fused
+
+    def unfuse(self) -> None:
+        """Lets the fused form go, and its memory. Engines that use it keep it until they are closed."""
+        self.fused = None
+
+    def engine(self, **options: Any) -> Engine:
+        """An engine that serves requests of many users in one batch; see `fssa_fast.generation.Engine`."""
+        return Engine(self, **options)

@@ -1,0 +1,66 @@
+"""The demo's parts that need no trained model: criteria, prompts, and choices made of samples."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from examples.demo.choices import pairs_of  # noqa: E402
+from examples.demo.criteria import AXES, distinct_2, foreign_share, measure, preference  # noqa: E402
+from examples.demo.evaluate import interval, spearman  # noqa: E402
+from examples.demo.prompts import prompts  # noqa: E402
+
+LIST = "Here is a list:\n1. One thing to do.\n2. Another thing to do."
+PROSE = "One thing to do is this, and another thing to do is that."
+
+
+def test_axes_measure_what_they_say() -> None:
+    assert measure("a few words")["length"] < measure("a few words and then some more words")["length"]
+    assert measure(LIST)["form"] > 0.5 > measure(PROSE)["form"] == 0.0
+    assert measure("1. One line alone")["form"] == 0.0
+    assert measure("sophisticated vocabulary")["vocabulary"] > measure("a big red dog")["vocabulary"]
+
+
+@pytest.mark.parametrize("axis", AXES, ids=lambda axis: axis.name)
+def test_opposite_kinds_prefer_the_opposite(axis) -> None:
+    assert preference(axis.low, LIST, "Yes.") == -preference(axis.high, LIST, "Yes.")
+    with pytest.raises(ValueError, match="kind"):
+        preference("nobody", LIST, PROSE)
+
+
+def test_fluency_measures_catch_broken_text() -> None:
+    assert distinct_2("the the the the the") < 0.5 < distinct_2(PROSE)
+    assert foreign_share("How?", "Так") > 0.5 and foreign_share("How?", "Like “this” — 20 °") == 0.0
+    assert foreign_share("Как?", "Так") == 0.0
+
+
+def test_topics_of_the_splits_are_disjoint() -> None:
+    topics = [{prompt.topic for prompt in prompts(split)} for split in ("train", "test")]
+    assert topics[0] and topics[1] and not topics[0] & topics[1]
+
+
+def make_records() -> list[dict]:
+    texts = ("Yes.", PROSE * 3, LIST, LIST + LIST * 3, "Considerable sophistication notwithstanding, indeed.")
+    return [
+        {"split": split, "topic": topic, "prompt": f"What of {topic}?", "response": text, "ended": True}
+        for split, topic in (("train", "a"), ("train", "b"), ("test", "c"))
+        for text in texts
+    ]
+
+
+def test_pairs_are_clear_on_their_axis_and_mirrored() -> None:
+    pairs = pairs_of(make_records(), "train", each=3)
+    assert set(pairs) == {kind for axis in AXES for kind in (axis.low, axis.high)}
+    for kind, own in pairs.items():
+        assert all(preference(kind, pair.chosen, pair.rejected) >= 1 and pair.topic != "c" for pair in own)
+    for axis in AXES:
+        mirrored = [(p.rejected, p.chosen) for p in pairs[axis.low]]
+        assert mirrored == [(p.chosen, p.rejected) for p in pairs[axis.high]] and mirrored
+    assert pairs == pairs_of(make_records(), "train", each=3)
+
+
+def test_statistics() -> None:
+    assert spearman([1.0, 2.0, 3.0]) == pytest.approx(1.0) and spearman([3.0, 2.0, 1.0]) == pytest.approx(-1.0)
+    assert interval([1.0, 1.0, 1.0]) == (1.0, 0.0)

@@ -1,0 +1,196 @@
+"""The fused form computes what the attached one computes, row by row, and leaves the model as it was."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import VOCABULARY, make_choices, make_ids, make_model, make_policy, shake
+
+from fssa_fast import BASE, PRIOR, LoraConfig, SteerablePolicy, SteeringConfig, use_backend
+from fssa_fast._native import load_native
+from fssa_fast.generation import CannotFuse
+from fssa_fast.generation.block_ops import NativeOps
+from fssa_fast.steering.config import EncoderConfig
+
+FAMILY = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3")
+BACKENDS = ["reference", pytest.param("cpu", marks=pytest.mark.skipif(load_native()[0] is None, reason="not built"))]
+native = pytest.mark.skipif(load_native()[0] is None, reason="not built")
+
+ADAPTERS = (
+    LoraConfig(("q_proj", "v_proj"), 4),
+    LoraConfig(("q_proj", "o_proj", "gate_proj", "down_proj"), 3, modulation="none"),
+    LoraConfig(("k_proj", "up_proj"), 5, modulation="scale"),
+)
+
+
+def steered(kind: str, dtype: torch.dtype, **changes) -> SteerablePolicy:
+    if kind in ("mistral", "gemma2", "gemma3"):
+        changes.setdefault("sliding_window", 6)
+    model = make_model(kind, attn_implementation="eager", **changes)
+    for parameter in model.parameters():  # biases and norms that matter
+        if parameter.dim() == 1:
+            parameter.data += 0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(parameter)))
+    config = SteeringConfig(EncoderConfig(8, 16, heads=2), True, ADAPTERS)
+    policy = shake(SteerablePolicy(model.to(dtype), config, capacity=4), 1, 0.1)
+    policy.users.add("a", make_choices(1))
+    policy.users.add("b", make_choices(2))
+    return policy
+
+
+def attached_logits(policy: SteerablePolicy, ids: torch.Tensor, users: list[str]) -> torch.Tensor:
+    with torch.no_grad(), policy.users.slots(users) as slots:
+        return policy.forward(ids, slots=slots).logits
+
+
+def fused_logits(policy: SteerablePolicy, ids: torch.Tensor, users: list[str], prompt: int) -> torch.Tensor:
+    """All logits: `prompt` tokens of every row at once, packed, then a token of every row a step."""
+    fused, (rows, length) = policy.fused, ids.shape
+    cache = fused.new_cache(rows, 64)
+    for row in range(rows):
+        cache.assign(row, [1 + 2 * row, 2 + 2 * row])
+    logits = torch.empty(rows, length, VOCABULARY, dtype=fused.dtype)
+    which = torch.arange(rows)
+    with policy.users.slots(users) as slots:
+        first = fused.forward(
+            ids[:, :prompt].flatten(), slots.repeat_interleave(prompt), which.repeat_interleave(prompt),
+            torch.arange(prompt).repeat(rows), cache,
+        )  # fmt: skip
+        logits[:, :prompt] = first.view(rows, prompt, -1)
+        for at in range(prompt, length):
+            logits[:, at] = fused.forward(ids[:, at], slots, which, torch.full((rows,), at), cache)
+    return logits
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", FAMILY)
+def test_same_logits_as_attached(kind, dtype, backend):
+    policy, users, ids = steered(kind, dtype), [BASE, PRIOR, "a", "b"], make_ids(4, 36)
+    with use_backend(backend):
+        policy.fuse()
+    assert isinstance(policy.fused.ops, NativeOps) == (backend == "cpu")
+    with use_backend("reference"):
+        plain = attached_logits(policy, ids, users)
+        exact_policy = steered(kind, torch.float64)
+        exact_policy.load_state_dict({k: v.double() for k, v in policy.state_dict().items()})
+        for name in ("a", "b"):
+            exact_policy.bank.rows[exact_policy.users.slot(name)] = policy.bank.rows[policy.users.slot(name)].double()
+        exact_policy.bank.rows[1] = policy.bank.rows[1].double()
+        exact = attached_logits(exact_policy, ids, users)
+    got = fused_logits(policy, ids, users, 33)
+
+    def error(logits: torch.Tensor) -> float:
+        return (logits.double() - exact).square().mean().sqrt().item()
+
+    # The root mean square over some nine thousand logits: their largest error is one logit's luck.
+    assert error(got) <= 2 * error(plain) + torch.finfo(dtype).eps * exact.abs().mean().item()
+    base = policy.model(ids[:1]).logits if backend == "reference" else plain[:1]
+    assert (got[:1].double() - base.double()).abs().max() < 20 * (plain.double() - exact).abs().max()
+    apart = (got[2] - got[3]).double().square().mean().sqrt()
+    assert apart > 20 * error(got) or dtype == torch.bfloat16  # users differ by far more than rounding
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_float64_and_rows_that_are_base(backend):
+    """Without an adapter's or film's effect, a base row is the plain model."""
+    model = make_model(seed=3)
+    ids = make_ids(2, 20)
+    with torch.no_grad():
+        plain = model(ids).logits
+    policy = make_policy(model, capacity=2)
+    with use_backend(backend):
+        policy.fuse()
+    torch.testing.assert_close(fused_logits(policy, ids, [BASE, BASE], 9), plain, atol=2e-5, rtol=1e-5)
+
+
+@native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_do_not_depend_on_their_company(dtype):
+    """Bit for bit: alone, among others, in one step or in pieces."""
+    policy = steered("llama", dtype)
+    policy.fuse()
+    ids = make_ids(4, 40)
+    together = fused_logits(policy, ids, [BASE, PRIOR, "a", "b"], 7)
+    for row, user in enumerate([BASE, PRIOR, "a", "b"]):
+        for prompt in (1, 33, 40):
+            assert torch.equal(fused_logits(policy, ids[row : row + 1], [user], prompt)[0], together[row])
+
+
+@native
+@pytest.mark.parametrize("rows", [1, 2, 11, 12, 13, 31, 50])
+@pytest.mark.parametrize("sizes", [(7, 5), (32, 32), (70, 300), (33, 257)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_native_linear(dtype, sizes, rows):
+    outputs, width = sizes
+    draw = torch.Generator().manual_seed(rows)
+    x = torch.randn(rows, width + 3, generator=draw).to(dtype)[:, 1 : width + 1]
+    weight, bias = torch.randn(outputs, width, generator=draw).to(dtype), torch.randn(outputs, generator=draw).to(dtype)
+    ops = NativeOps(load_native()[0])
+    y = torch.full((rows, outputs + 1), 7.0, dtype=dtype)
+    ops.linear(x, ops.pack(weight), bias, y[:, :outputs])()
+    exact = x.double() @ weight.double().T + bias.double()
+    bound = 2 * (torch.nn.functional.linear(x, weight, bias).double() - exact).abs().max()
+    assert (y[:, :outputs].double() - exact).abs().max() <= bound + torch.finfo(dtype).eps * exact.abs().max()
+    assert (y[:, outputs] == 7).all()  # nothing is written beside
+
+
+def test_unfuse_and_the_model_as_it_was():
+    model = make_model()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    policy = make_policy(model)
+    ids = make_ids(1, 6)
+    logits = attached_logits(policy, ids, [PRIOR])
+    assert policy.fuse().nbytes > 0
+    assert torch.equal(attached_logits(policy, ids, [PRIOR]), logits)
+    policy.unfuse()
+    assert policy.fused is None
+    policy.detach()
+    after = dict(model.named_parameters())
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "phi3", "olmo2"])
+def test_unknown_architectures_are_named(kind):
+    with pytest.raises(CannotFuse, match=f"expected one of llama.*got '{kind}'"):
+        make_policy(make_model(kind)).fuse()
+
+
+def test_what_would_not_compute_the_same_is_refused():
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    with pytest.raises(CannotFuse, match="rope.*'dynamic'"):
+        make_policy(make_model(rope_parameters=rope)).fuse()
+    policy = make_policy()
+    handle = policy.model.model.layers[0].mlp.register_forward_hook(lambda *a: None)
+    with pytest.raises(CannotFuse, match="hooks.*layers.0.mlp"):
+        policy.fuse()
+    handle.remove()
+    policy.model.model.layers[1].forward = lambda *a, **k: None
+    with pytest.raises(CannotFuse, match="layers.1"):
+        policy.fuse()
+    with pytest.raises(CannotFuse, match="activation.*'relu'"):
+        make_policy(make_model(hidden_act="relu")).fuse()
+
+
+def test_rope_kinds_are_read_from_the_model():
+    rope = {
+        "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    }  # fmt: skip
+    policy, ids = make_policy(make_model(rope_parameters=rope)), make_ids(2, 40)
+    policy.fuse()
+    torch.testing.assert_close(
+        fused_logits(policy, ids, [PRIOR, BASE], 30), attached_logits(policy, ids, [PRIOR, BASE]), atol=2e-4, rtol=1e-4
+    )
+
+
+def test_bad_steps():
+    policy = make_policy(capacity=2)
+    fused = policy.fuse()
+    with pytest.raises(ValueError, match="max_length: expected at most the 128 positions"):
+        fused.new_cache(1, 129)
+    cache = fused.new_cache(1, 32)
+    cache.assign(0, [1])
+    one = torch.zeros(1, dtype=torch.long)
+    for slot, sequence, position in ((9, 0, 0), (0, 3, 0), (0, 0, 32)):
+        with pytest.raises(IndexError):
+            fused.forward(one, one + slot, one + sequence, one + position, cache)
