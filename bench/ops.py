@@ -74,30 +74,31 @@ def context_weights(embedding: int, latent: int, inner: str, pooling: str, dtype
         return (torch.randn(rows, columns) * columns**-0.5).to(dtype), (0.1 * torch.randn(rows)).to(dtype)
 
     nothing = (None, None)
-    return ContextWeights(
+    tensors: list[Any] = [
         *linear(latent, 2 * embedding),
         *(linear(latent, latent) if inner == "mlp" else nothing),
         *(linear(3 * latent, latent) if pooling == "self-attention" else nothing),
         *(linear(latent, latent) if pooling == "self-attention" else nothing),
         *linear(latent, latent),
         *linear(latent, latent),
-    )
+    ]
+    return ContextWeights(*tensors)
 
 
 def context_padded(
-    pairs: Tensor, choices: Tensor, counts: Tensor, w: ContextWeights, inner: str, pooling: str, heads: int
+    pairs: Tensor, choices: Tensor, counts: Tensor, w: ContextWeights, pooling: str, heads: int
 ) -> Tensor:
     """The encoder over a padded batch: pairs [U, K, 2, E], choices [U, K], of which counts [U] are real."""
     users, longest, _, width = pairs.shape
     which = choices.long()[..., None, None].expand(-1, -1, 1, width)
     h = torch.cat([pairs.gather(2, which).squeeze(2), pairs.gather(2, 1 - which).squeeze(2)], -1)
     h = F.linear(h, w.inner0, w.inner0_bias)
-    if inner == "mlp":
+    if w.inner1 is not None:
         h = F.linear(h.relu(), w.inner1, w.inner1_bias)
     real = torch.arange(longest) < counts[:, None]
-    if pooling == "self-attention":
-        qkv = F.linear(h, w.qkv, w.qkv_bias).view(users, longest, 3, heads, -1).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(*qkv, attn_mask=real[:, None, None, :])
+    if w.qkv is not None and w.out is not None:
+        q, k, v = F.linear(h, w.qkv, w.qkv_bias).view(users, longest, 3, heads, -1).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=real[:, None, None, :])
         h = F.linear(attended.transpose(1, 2).reshape(users, longest, -1), w.out, w.out_bias)
     pooled = (h * real[..., None]).sum(1)
     if pooling == "mean":
@@ -132,7 +133,7 @@ def _context_sides(
     return {
         "op": lambda: ops.context(pairs, choices, offsets, w, inner=inner, pooling=pooling, heads=heads),
         "definition": lambda: context_reference(pairs, choices, offsets, w, *kind),
-        "padded": lambda: context_padded(batch, which, counts, w, *kind),
+        "padded": lambda: context_padded(batch, which, counts, w, *kind[1:]),
     }
 
 

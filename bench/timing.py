@@ -57,7 +57,7 @@ def compare(
     for index in range(rounds):
         if index >= 5 and time.perf_counter() - begin > seconds * len(sides):
             break
-        order = list(sides) if index % 2 == 0 else list(reversed(sides))
+        order = list(sides) if index % 2 == 0 else list(sides)[::-1]
         for name in order:
             found[name].append(_once(sides[name], calls[name], synchronize))
     return {name: summary(times) for name, times in found.items()}

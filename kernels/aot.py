@@ -1,7 +1,7 @@
 """Compiles every kernel ahead of time, for chips that need not be there, and tabulates what came out.
 
     python -m fssa_fast.kernels.aot                   # compile everything, write aot.json beside this file
-    python -m fssa_fast.kernels.aot --check PATTERN   # compile what matches, print what is worse than the table
+    python -m fssa_fast.kernels.aot --check PATTERN   # compile what matches, say what is worse than the table
 
 The kernels' own launchers are called with tensors that have shapes and no memory, and their launches recorded: what is
 compiled is what a launch would compile. Each is asked for its registers, spilled bytes, shared memory, tensor-core
@@ -44,6 +44,8 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}  # bytes a program may have
+# Bytes a thread may spill. float32 has no tensor cores here: ptxas gives a few bytes away for one more resident warp.
+SPILL_LIMIT = {"float32": 32, "bfloat16": 0, "float16": 0}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # ---------------------------------------------------------------- what is launched
@@ -240,10 +242,11 @@ def measure(launch: Launch, chip: str) -> dict[str, Any]:
 
 def worse(key: str, row: dict[str, Any], known: dict[str, Any] | None) -> list[str]:
     """What is wrong with a row, by itself and against the table's row of the same key ("chip/case/dtype/kernel")."""
-    limit = SHARED_LIMIT[key.split("/")[0]]
+    chip, _, dtype, _ = key.split("/")
+    limit = SHARED_LIMIT[chip]
     found = []
-    if row["spills"]:
-        found.append(f"{key}: {row['spills']} bytes of registers spilled")
+    if row["spills"] > SPILL_LIMIT[dtype]:
+        found.append(f"{key}: {row['spills']} bytes of registers spilled, {SPILL_LIMIT[dtype]} allowed")
     if row["shared"] > limit:
         found.append(f"{key}: {row['shared']} bytes of shared memory, the chip has {limit}")
     if known is None:
@@ -272,17 +275,20 @@ def measured(keys: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def main() -> int:
-    """The command line; returns 1 where something is worse than the table, or cannot run on a chip."""
+    """The command line; returns 1 where something is worse than the table, not in it, or cannot run on a chip."""
     parser = argparse.ArgumentParser(description="Compile every kernel ahead of time, for every chip.")
-    parser.add_argument("--check", metavar="PATTERN", nargs="+", help="compare with the table, as chip/case/dtype/kernel")
+    parser.add_argument(
+        "--check", metavar="PATTERN", nargs="+", help="compare with the table, as chip/case/dtype/kernel"
+    )
     patterns = parser.parse_args().check
     keys = [f"{chip}/{name}" for chip in TARGETS for name in all_launches()]
+    known = table() if patterns else {}
+    faults = [f"{key}: in the table or launched, not both" for key in known.keys() ^ set(keys)] if patterns else []
     if patterns:
         keys = [key for key in keys if any(fnmatch.fnmatch(key, pattern) for pattern in patterns)]
         if not keys:
             parser.error(f"no kernel matches {' '.join(patterns)}")
-    known = table() if TABLE.exists() else {}
-    rows, faults = {}, []
+    rows = {}
     for key, row in measured(keys):
         rows[key] = row
         faults += worse(key, row, known.get(key) if patterns else row)

@@ -6,10 +6,10 @@
 4. outer: the users' tiles added in order, the attention's output projection (once a user), the outer MLP, the latent.
 5. rows: latents to modulations, written into the bank's rows in its dtype.
 
-Users are ragged and packed. User u owns the tiles `offsets[u] // P + u` up to, not including, `offsets[u + 1] // P + u + 1`
-for tiles of P pairs counted from its own first pair: always enough, known without reading the offsets on the host, so
-nothing waits for the GPU. What a user's bits depend on is its own pairs. Between two products of one program the rows
-go through memory behind a barrier, so that no width has to fit in registers.
+Users are ragged and packed. User u owns the tiles `offsets[u] // P + u` up to, not including, `offsets[u + 1] // P + u
++ 1` for tiles of P pairs counted from its own first pair: always enough, known without reading the offsets on the host,
+so nothing waits for the GPU. What a user's bits depend on is its own pairs. Between two products of one program the
+rows go through memory behind a barrier, so that no width has to fit in registers.
 
 Backward: the forward again, three kernels for the attention, and torch's matrix products for all plain gradients of
 linears, which a well-kept library does better.

@@ -15,7 +15,16 @@ import triton.language as tl
 from torch import Tensor
 
 from fssa_fast.kernels import configs
-from fssa_fast.kernels.common import accumulate, as_rows, dot, narrow, rows_per_slot, shares_memory, slot_segments, store
+from fssa_fast.kernels.common import (
+    accumulate,
+    as_rows,
+    dot,
+    narrow,
+    rows_per_slot,
+    shares_memory,
+    slot_segments,
+    store,
+)
 
 
 @triton.jit

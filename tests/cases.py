@@ -29,9 +29,14 @@ def backends() -> list[str]:
     return cpu_backends() + (["triton"] if triton is not None and not torch.cuda.is_available() else [])
 
 
+def one_of_each() -> list[str]:
+    """The definitions and the backends, each once: for what does not depend on the instruction set."""
+    return ["reference", *cpu_backends()[-1:], *(name for name in backends() if not name.startswith("cpu"))]
+
+
 @contextmanager
 def running(backend: str) -> Iterator[None]:
-    """Runs the ops of this block on one of `backends()`."""
+    """Runs the ops of this block on one of `backends()`, or on the definitions ("reference")."""
     name, _, isa = backend.partition("-")
     cpu, _ = load_backend("cpu")
     before = cpu.isa() if isa else None

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from cases import backends, context_args, cpu_backends, dtypes, normal, on_backends, running
+from cases import backends, context_args, cpu_backends, dtypes, normal, on_backends, one_of_each, running
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import check_parity, flat
@@ -219,12 +219,12 @@ def test_any_shape(backend, counts, embedding, heads, width, kind, seed):
         check_parity(encode(args), context_reference, args)
 
 
-@pytest.mark.parametrize("backend", ["reference", *backends()])
+@pytest.mark.parametrize("backend", one_of_each())
 def test_opcheck(backend):
     args = args_of(FEW[0], "mlp", "self-attention", torch.float32)
     bank, slots, modulation, bias, noise = rows_args(args)
     pairs, choices, offsets, weights, *kind = args
-    with use_backend("reference") if backend == "reference" else running(backend):
+    with running(backend):
         torch.library.opcheck(torch.ops.fssa.context.default, args)
         if backend != "reference":  # its backward uses autograd, which the checker's own modes keep from recording
             torch.library.opcheck(torch.ops.fssa.context_backward.default, (normal(3, 32), *args))
@@ -271,7 +271,7 @@ def test_rows_refuse_to_be_differentiated():
                       noise, inner=inner, pooling=pooling, heads=heads)  # fmt: skip
 
 
-@pytest.mark.parametrize("backend", ["reference", *backends()])
+@pytest.mark.parametrize("backend", one_of_each())
 def test_bad_values_are_named_and_change_nothing(backend):
     args = args_of(FEW[0], "linear", "self-attention", torch.float32)
     pairs, choices, offsets, *rest = args
@@ -286,7 +286,7 @@ def test_bad_values_are_named_and_change_nothing(backend):
         (ValueError, "offsets: expected to rise", choices, torch.tensor([0, 1, 2, 3]), slots),
         (ValueError, "offsets: expected to rise", choices, torch.tensor([1, 1, 2, 4]), slots),
     ]
-    with use_backend("reference") if backend == "reference" else running(backend):
+    with running(backend):
         for error, message, bad_choices, bad_offsets, _ in cases:
             with pytest.raises(error, match=message):
                 encode((pairs, bad_choices, bad_offsets, *rest))

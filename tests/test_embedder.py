@@ -180,7 +180,9 @@ def test_the_embedder_of_a_saved_policy(tmp_path: Path) -> None:
         model = make_model()
         with pytest.raises(ValueError, match=f"^embedder: expected .*{message}"):
             SteerablePolicy.from_pretrained(
-                tmp_path / "policy", model, embedder=make_embedder(**{**options, **change})  # type: ignore[arg-type]
+                tmp_path / "policy",
+                model,
+                embedder=make_embedder(**{**options, **change}),  # type: ignore[arg-type]
             )
         assert all(p.requires_grad for p in model.parameters())
     make_bert(seed=1).save_pretrained(tmp_path / "other")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import backends, cpu_backends, dtypes, film_args, film_norm_args, normal, on_backends, running
+from cases import backends, cpu_backends, dtypes, film_args, film_norm_args, normal, on_backends, one_of_each, running
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import check_parity
@@ -151,12 +151,12 @@ def test_a_row_does_not_depend_on_its_neighbours(backend):
             assert torch.equal(part[0], whole[0][rows]) and torch.equal(part[1], whole[1][rows])
 
 
-@pytest.mark.parametrize("backend", ["reference", *backends()])
+@pytest.mark.parametrize("backend", one_of_each())
 def test_opcheck(backend):
     x, scale, shift, slots = film_args(3, 10, torch.float32)
     norm = film_norm_args(3, 10, torch.float32)
     grads = normal(3, 10), normal(3, 10)
-    with use_backend("reference") if backend == "reference" else running(backend):
+    with running(backend):
         torch.library.opcheck(torch.ops.fssa.film.default, (x, scale, shift, slots))
         torch.library.opcheck(torch.ops.fssa.film_norm.default, norm)
         if backend != "reference":  # its backwards use autograd, which the checker's own modes keep from recording
@@ -189,12 +189,12 @@ def test_gradcheck():
         )
 
 
-@pytest.mark.parametrize("backend", ["reference", *backends()])
+@pytest.mark.parametrize("backend", one_of_each())
 @pytest.mark.parametrize("bad", [-1, 5, 2**31 - 1])
 def test_slot_out_of_range(backend, bad):
     x, residual, scale, shift, slots, weight, eps = film_norm_args(6, 8, torch.float32)
     slots[4] = bad
-    with use_backend("reference") if backend == "reference" else running(backend):
+    with running(backend):
         for call in (
             lambda: film(x, scale, shift, slots),
             lambda: film(x, scale, shift, slots.long()),

@@ -29,7 +29,8 @@ def steered(kind: str, dtype: torch.dtype, **changes) -> SteerablePolicy:
     model = make_model(kind, attn_implementation="eager", **changes)
     for parameter in model.parameters():  # biases and norms that matter
         if parameter.dim() == 1:
-            parameter.data += 0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(parameter)))
+            generator = torch.Generator().manual_seed(len(parameter))
+            parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
     config = SteeringConfig(EncoderConfig(8, 16, heads=2), True, ADAPTERS)
     policy = shake(SteerablePolicy(model.to(dtype), config, capacity=4), 1, 0.1)
     policy.users.add("a", make_choices(1))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import backends, columns, cpu_backends, dtypes, lora_args, normal, on_backends, running
+from cases import backends, columns, cpu_backends, dtypes, lora_args, normal, on_backends, one_of_each, running
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import check_parity
@@ -173,11 +173,11 @@ def test_a_row_does_not_depend_on_its_neighbours(backend, width, parts, mixes):
             torch.set_num_threads(1)
 
 
-@pytest.mark.parametrize("backend", ["reference", *backends()])
+@pytest.mark.parametrize("backend", one_of_each())
 def test_opcheck(backend):
     args = lora_args(3, 10, ((4, 6), (2, 9)), torch.float32)
     grads = [normal(3, 6), normal(3, 9)]
-    with use_backend("reference") if backend == "reference" else running(backend):
+    with running(backend):
         torch.library.opcheck(torch.ops.fssa.lora.default, args)
         torch.library.opcheck(torch.ops.fssa.lora_.default, args)
         if backend != "reference":  # its backward uses autograd, which the checker's own modes keep from recording
@@ -230,13 +230,13 @@ def test_in_place_refuses_to_be_differentiated():
         lora_(x.requires_grad_(), ys, *rest)
 
 
-@pytest.mark.parametrize("backend", ["reference", *backends()])
+@pytest.mark.parametrize("backend", one_of_each())
 @pytest.mark.parametrize("bad", [-1, 5])
 def test_slot_out_of_range_changes_nothing(backend, bad):
     x, ys, a, bs, gamma, beta, slots, scaling = lora_args(6, 8, ((2, 3),), torch.float32)
     slots[5] = bad
     before = ys[0].clone()
-    with use_backend("reference") if backend == "reference" else running(backend):
+    with running(backend):
         for op in (lora, lora_):
             with pytest.raises(IndexError, match=rf"slots: expected values in \[0, 5\), got {bad}"):
                 op(x, ys, a, bs, gamma, beta, slots, scaling)

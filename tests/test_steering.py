@@ -398,7 +398,9 @@ def test_gradients_reach_all_that_is_trained_and_nothing_of_the_base(dtype: torc
     found = gradients(policy)
     trained = {name for name, p in policy.named_parameters() if p.requires_grad}
     assert set(found) == trained and all(g.isfinite().all() and g.abs().max() > 0 for g in found.values())
-    assert trained == {n for n, _ in policy.named_parameters() if n.startswith(("encoder", "modulator")) or ".fssa." in n}
+    assert trained == {
+        n for n, _ in policy.named_parameters() if n.startswith(("encoder", "modulator")) or ".fssa." in n
+    }
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])

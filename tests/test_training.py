@@ -115,7 +115,10 @@ def test_a_pass_over_the_data_ends() -> None:
         (lambda: PreferenceData({"a": []}, make_tokenizer(), length=1), "users: .*'a'"),
         (lambda: make_data(max_context=-1), "max_context"),
         (lambda: make_data(targets=0), "targets"),
-        (lambda: encode_answer(make_tokenizer(), "w7 w8", "w9", True, 2), "prompt: expected fewer than 2 tokens, got 2"),
+        (
+            lambda: encode_answer(make_tokenizer(), "w7 w8", "w9", True, 2),
+            "prompt: expected fewer than 2 tokens, got 2",
+        ),
         (lambda: encode_answer(make_tokenizer(), "", "w9", True, 9), "prompt"),
         (lambda: encode_answer(make_tokenizer(), "w7", "", False, 9), "answer"),
         (lambda: encode_answer(make_tokenizer(eos_token=None), "w7", "w9", True, 9), "tokenizer"),
@@ -253,7 +256,9 @@ def test_film_columns_learn_at_their_share(tmp_path: Path) -> None:
                 if ".fssa.b." in name:
                     parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
         before = policy.modulator.weight.detach().clone()
-        trainer = make_trainer(policy, tmp_path, max_steps=1, film_learning_rate_ratio=ratio, lr_scheduler_type="constant")
+        trainer = make_trainer(
+            policy, tmp_path, max_steps=1, film_learning_rate_ratio=ratio, lr_scheduler_type="constant"
+        )
         trainer.train()
         moved = (policy.modulator.weight.detach() - before).abs()
         film = policy.layout.adapter_columns() == 0

@@ -27,7 +27,9 @@ def free(policy: SteerablePolicy) -> int:
 
 def state(policy: SteerablePolicy) -> Any:
     """All that a failed change must leave as it was."""
-    users = {name: (u.slot, u.version, u.strength, len(u.pairs)) for name, u in ((n, policy.users[n]) for n in policy.users)}
+    users = {
+        name: (u.slot, u.version, u.strength, len(u.pairs)) for name, u in ((n, policy.users[n]) for n in policy.users)
+    }
     return users, sorted(policy.bank._free), policy.bank.rows.tolist()
 
 
@@ -306,7 +308,11 @@ def test_a_full_bank_changes_nothing() -> None:
             change()
     before = state(policy)
     with policy.steer(["a"]):
-        for change in (lambda: policy.users.update("a", []), lambda: policy.users.scale("a", 0.5), policy.users.refresh):
+        for change in (
+            lambda: policy.users.update("a", []),
+            lambda: policy.users.scale("a", 0.5),
+            policy.users.refresh,
+        ):
             with pytest.raises(BankFull):
                 change()
         assert state(policy) == before

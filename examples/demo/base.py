@@ -77,7 +77,8 @@ def _write_cache(directory: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(source, gguf_file=files[0], dtype=torch.float32)
     # The weights are plain float32 by now; with these marks the model would refuse to be saved.
     del model.config.quantization_config
-    model.hf_quantizer, model.is_quantized = None, False
+    for name, value in (("hf_quantizer", None), ("is_quantized", False)):
+        setattr(model, name, value)
     directory.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:

@@ -9,8 +9,8 @@ A backend is a module of this package with
     refuses(op, tensor)      why it cannot take this tensor (its dtype, its device), or None
     prefers(op, args)        False where the definition was measured to be faster than this backend
 
-`reference` is the definition of each op, in fssa_fast/ops. The environment variable FSSA_BACKEND, or `use_backend`
-for a block of code, chooses one by name: it then runs or raises BackendError. Left to itself ("auto") the registry takes
+`reference` is the definition of each op, in fssa_fast/ops. The environment variable FSSA_BACKEND, or `use_backend` for
+a block of code, chooses one by name: it then runs or raises BackendError. Left to itself ("auto") the registry takes
 the first backend of the tensor's device that takes the call, or else the definition, and logs once why.
 """
 
@@ -22,7 +22,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import lru_cache
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -65,7 +65,7 @@ def use_backend(name: str) -> Iterator[None]:
         _chosen.reset(token)
 
 
-@lru_cache(maxsize=None)
+@cache
 def load_backend(name: str) -> tuple[ModuleType | None, str | None]:
     """The backend's module and None, or None and why it is unavailable on this machine."""
     try:
@@ -76,7 +76,7 @@ def load_backend(name: str) -> tuple[ModuleType | None, str | None]:
     return (None, reason) if reason else (module, None)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _say_once(message: str) -> None:
     logger.warning(message)
 

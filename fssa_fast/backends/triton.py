@@ -1,8 +1,8 @@
 """The Triton backend: the kernels of `fssa_fast.kernels`, on NVIDIA and AMD GPUs.
 
-Asked for by name it also takes CPU tensors where TRITON_INTERPRET=1 was set before triton was imported: the kernels then
-run in Triton's interpreter, slowly, for tests. There, slots, choices and offsets are checked as by the definitions. On a
-GPU their values are not read, since that would wait for it: they are checked where they are made.
+Asked for by name it also takes CPU tensors where TRITON_INTERPRET=1 was set before triton was imported: the kernels
+then run in Triton's interpreter, slowly, for tests. There, slots, choices and offsets are checked as by the
+definitions. On a GPU their values are not read, since that would wait for it: they are checked where they are made.
 """
 
 from __future__ import annotations

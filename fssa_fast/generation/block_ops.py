@@ -109,7 +109,7 @@ class BlockOps(Protocol):
 
 
 def ops_for(device: torch.device, dtype: torch.dtype) -> BlockOps:
-    """The native steps where the core is there and takes the dtype, else the definitions; as the backend chosen says."""
+    """The native steps where the core takes the dtype, else the definitions; as the backend chosen says."""
     chosen = chosen_backend()
     if chosen == "reference":
         return PlainOps()

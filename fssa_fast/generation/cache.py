@@ -11,8 +11,9 @@ BLOCK = 32  # positions of a block
 class BlockCache:
     """Keys and values of up to S sequences of different lengths, in N blocks of 32 positions, allocated once.
 
-    `table` [S, P] says in which block positions 32 p .. 32 p + 31 of a sequence lie. Blocks are handed out and taken back
-    by their owner; this class only holds them. Block 0 belongs to nobody: rows of the table that are not in use name it.
+    `table` [S, P] says in which block positions 32 p .. 32 p + 31 of a sequence lie. Blocks are handed out and taken
+    back by their owner; this class only holds them. Block 0 belongs to nobody: rows of the table that are not in use
+    name it.
     """
 
     def __init__(

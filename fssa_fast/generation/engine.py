@@ -1,13 +1,13 @@
 """The engine: requests of different users join and leave one running batch at any step.
 
-It stands on the fused form and its own cache in blocks, not on transformers' continuous batching, which on a CPU builds a
-dense mask for every step and runs the model as it is. A step serves every running request: one token of those that
-decode, and a piece of their prompts for those that have just come. The fused form's rows do not depend on each other, so
-a request's tokens are those that it gets alone, whoever comes, leaves, or is put back meanwhile (with the native CPU
+It stands on the fused form and its own cache in blocks, not on transformers' continuous batching, which on a CPU builds
+a dense mask for every step and runs the model as it is. A step serves every running request: one token of those that
+decode, and a piece of their prompts for those that have just come. The fused form's rows do not depend on each other,
+so a request's tokens are those that it gets alone, whoever comes, leaves, or is put back meanwhile (with the native CPU
 steps bit for bit; elsewhere within the rounding of PyTorch's products).
 
-What a user has computed is found again for the same user with the same row of the bank only: the beginning of a prompt is
-never shared between users, nor between versions of one.
+What a user has computed is found again for the same user with the same row of the bank only: the beginning of a prompt
+is never shared between users, nor between versions of one.
 """
 
 from __future__ import annotations
@@ -320,7 +320,7 @@ class Engine:
     # ------------------------------------------------------------ steps
 
     def step(self) -> bool:
-        """One step of all running requests, after those that have room have joined. False if there was nothing to do."""
+        """One step of all running requests, after waiting ones have joined. False if there was nothing to do."""
         with self._stepping:
             self._drop()
             self._admit()
@@ -413,7 +413,9 @@ class Engine:
     def _forward(self, batch: list[tuple[_Request, int]]) -> None:
         if not batch:
             return
-        ids, slots, rows, positions, last, asked = [], [], [], [], [], []
+        ids: list[int] = []
+        positions: list[int] = []
+        slots, rows, last, asked = [], [], [], []
         for request, count in batch:
             start, end = request.computed, request.computed + count
             ids += request.tokens[start:end]

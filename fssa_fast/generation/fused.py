@@ -1,10 +1,10 @@
 """The fused form of an attached model: the same numbers within rounding, for inference only, in few steps.
 
-A block is: one product for queries, keys, values and the A matrices of the adapters beside them; the adapters' expansion,
-added in place; one step from there through norms, rotary positions and the cache to the attention's output; the output
-projection; residual add and norm; one product for gate and up; their product; the down projection; and film, folded into
-the residual add and the next norm. The base model's parameters stay as they are; the packed copies take as much memory
-again. The attached form goes on working beside the fused one.
+A block is: one product for queries, keys, values and the A matrices of the adapters beside them; the adapters'
+expansion, added in place; one step from there through norms, rotary positions and the cache to the attention's output;
+the output projection; residual add and norm; one product for gate and up; their product; the down projection; and film,
+folded into the residual add and the next norm. The base model's parameters stay as they are; the packed copies take as
+much memory again. The attached form goes on working beside the fused one.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ class FusedModel:
 
     # ------------------------------------------------------------ making
 
-    def _block(self, path: str, block: nn.Module, films: dict[str, tuple[slice, slice]]) -> _Block:
+    def _block(self, path: str, block: Any, films: dict[str, tuple[slice, slice]]) -> _Block:
         attn, mlp = block.self_attn, block.mlp
         gemma = hasattr(block, "pre_feedforward_layernorm")
         after_attention = block.post_attention_layernorm if gemma else None
@@ -171,7 +171,7 @@ class FusedModel:
             film=films.get(path),
         )
 
-    def _attention(self, attn: nn.Module) -> AttentionSettings:
+    def _attention(self, attn: Any) -> AttentionSettings:
         width = attn.head_dim
         # Mistral keeps its window in the configuration, for all blocks.
         window = (self.config if self.config.model_type == "mistral" else attn).__dict__.get("sliding_window")
@@ -193,7 +193,7 @@ class FusedModel:
         )
 
     def _rope(self, layer_type: str | None) -> tuple[Tensor, Tensor]:
-        rotary = self.model.model.rotary_emb
+        rotary: Any = self.model.model.rotary_emb
         by_type = isinstance(rotary.rope_type, dict)
         key = layer_type if by_type else None
         if key not in self._ropes:
@@ -206,7 +206,7 @@ class FusedModel:
             self._ropes[key] = cos[0].float().contiguous(), sin[0].float().contiguous()
         return self._ropes[key]
 
-    def _norm(self, norm: nn.Module) -> Tensor:
+    def _norm(self, norm: Any) -> Tensor:
         weight = norm.weight.detach()
         if self.config.model_type.startswith("gemma"):
             weight = (1 + weight.double()).to(weight.dtype)

@@ -34,10 +34,10 @@ def film_backward_reference(
     grad: Tensor, x: Tensor, scale: Tensor, shift: Tensor, slots: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `film` by x, scale and shift, by autograd over the definition."""
-    inputs = [t.detach().requires_grad_() for t in (x, scale, shift)]
+    x, scale, shift = (t.detach().requires_grad_() for t in (x, scale, shift))
     with torch.enable_grad():
-        y = film_reference(*inputs, slots)
-    grads = torch.autograd.grad(y, inputs, grad)
+        y = film_reference(x, scale, shift, slots)
+    grads = torch.autograd.grad(y, (x, scale, shift), grad)
     return grads[0], grads[1], grads[2]
 
 

@@ -97,7 +97,7 @@ def load_peft(policy: SteerablePolicy, directory: str | os.PathLike[str]) -> Non
 def save_peft(policy: SteerablePolicy, directory: str | os.PathLike[str]) -> None:
     """Writes the policy's plain adapter as PEFT's `PeftModel.from_pretrained` reads it."""
     lora = policy.steering.loras[plain_adapter(policy)]
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for site, a, b in policy.attachment.adapter(plain_adapter(policy)):
         tensors[_peft_name(site, "A")] = a
         tensors[_peft_name(site, "B")] = b.T

@@ -1,0 +1,373 @@
+"""What a decode step costs when every row of the batch is another user: python -m bench.decode
+
+SmolLM2-135M with its real weights, float32; adapters of rank 16 and 128 on q and v and film on every block. All systems
+run in one process, in turn, at the same length of context; a step is the forward of one token a row and the choice of
+the likeliest next one. Systems:
+
+    transformers            the plain model, eager, DynamicCache
+    transformers_compiled   the plain model, StaticCache, torch.compile
+    reference               FiLM's matrices applied at every token, and a LoRA by peft
+    peft_mixed              peft's adapter_names: a LoRA for every user, no film
+    loop                    ours attached, one row after the other
+    attached                ours attached
+    fused_base              ours fused, all rows the base model
+    fused                   ours fused, every row another user
+    fused_one_user          ours fused, all rows the same user
+    engine                  ours fused, behind the engine's scheduler
+
+`--stream N` then serves N requests of N / 2 users with random lengths, and compares tokens a second with fused static
+batches of the same requests, and with the fused step alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import random
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, StaticCache
+
+from bench.timing import Timing, compare, machine
+from fssa_fast import BASE, Choice, EncoderConfig, LoraConfig, SteerablePolicy, SteeringConfig
+
+SYSTEMS = (
+    "transformers",
+    "transformers_compiled",
+    "reference",
+    "peft_mixed",
+    "loop",
+    "attached",
+    "fused_base",
+    "fused",
+    "fused_one_user",
+    "engine",
+)
+LATENT, EMBEDDING = 256, 384
+
+Step = Callable[[], Any]
+
+
+def twin(model: nn.Module) -> Any:
+    """A copy of a model that shares its parameters."""
+    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+
+
+def make_policy(base: Any, rank: int, users: int) -> SteerablePolicy:
+    """A policy on a twin of the base model, with random adapters and users that all differ."""
+    torch.manual_seed(0)
+    config = SteeringConfig(EncoderConfig(EMBEDDING, LATENT), True, (LoraConfig(("q_proj", "v_proj"), rank),))
+    policy = SteerablePolicy(twin(base), config, capacity=users, modulation_std=0.05)
+    with torch.no_grad():
+        for number in range(len(config.loras)):
+            for _, _, b in policy.attachment.adapter(number):
+                b.normal_(std=0.002)
+        policy.modulator.weight.add_(1e-4 * torch.randn_like(policy.modulator.weight))
+    policy.users.refresh()
+    policy.users.add_many(
+        {f"user{i}": [Choice(torch.randn(EMBEDDING), torch.randn(EMBEDDING))] for i in range(users)}
+    )
+    return policy
+
+
+class Bench:
+    """One step of every system, for one rank and number of rows."""
+
+    def __init__(self, base: Any, policy: SteerablePolicy, rank: int, rows: int, length: int) -> None:
+        self.base, self.policy, self.rank, self.rows, self.length = base, policy, rank, rows, length
+        self.prompt = torch.randint(1000, 40000, (rows, length), generator=torch.Generator().manual_seed(1))
+        self.names = [f"user{i}" for i in range(rows)]
+        self.slots = torch.tensor([policy.users.slot(name) for name in self.names], dtype=torch.int32)
+
+    def steps(self, systems: list[str]) -> Iterator[tuple[str, Step]]:
+        """The systems' steps, ready to run."""
+        for system in systems:
+            yield system, getattr(self, system.removesuffix("_base").removesuffix("_one_user"))(system)
+
+    def _dynamic(self, forward: Callable[..., Any], rows: int | None = None) -> Step:
+        ids = self.prompt[:rows]
+        cache = DynamicCache()
+        logits = forward(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        token = logits[:, -1].argmax(-1, keepdim=True)
+
+        def step() -> Tensor:
+            output = forward(input_ids=token, past_key_values=cache, use_cache=True)
+            cache.crop(self.length)  # every step at the same length
+            return output.logits[:, -1].argmax(-1)
+
+        return step
+
+    def transformers(self, system: str) -> Step:
+        return self._dynamic(self.base)
+
+    def transformers_compiled(self, system: str) -> Step:
+        cache: Any = StaticCache(self.base.config, max_cache_len=self.length + 32)
+        positions = torch.arange(self.length)[None]
+        self.base(input_ids=self.prompt, past_key_values=cache, position_ids=positions, use_cache=True)
+        compiled = torch.compile(twin(self.base), dynamic=False)
+        token, where = self.prompt[:, :1], torch.tensor([[self.length]])
+        mask = torch.zeros(self.rows, 1, 1, self.length + 32)
+        mask[..., self.length + 1 :] = float("-inf")
+
+        def step() -> Tensor:
+            for layer in cache.layers:
+                layer.cumulative_length.fill_(self.length)
+            output = compiled(
+                input_ids=token, past_key_values=cache, position_ids=where, attention_mask=mask, use_cache=True
+            )
+            return output.logits[:, -1].argmax(-1)
+
+        return step
+
+    def reference(self, system: str) -> Step:
+        import peft
+
+        model = peft.get_peft_model(twin(self.base), self._peft_config())
+        latents = torch.randn(self.rows, LATENT)
+        for block in model.base_model.model.model.layers:
+            width = self.base.config.hidden_size
+            film = nn.ModuleList([nn.Linear(LATENT, width), nn.Linear(LATENT, width)])
+
+            def hook(module: nn.Module, args: Any, output: Tensor, film: nn.ModuleList = film) -> Tensor:
+                gamma, beta = (matrix(latents[: len(output)])[:, None] for matrix in film)
+                return (1 + gamma) * output + beta
+
+            block.register_forward_hook(hook)
+        return self._dynamic(model.eval())
+
+    def peft_mixed(self, system: str) -> Step:
+        import peft
+
+        model = peft.get_peft_model(twin(self.base), self._peft_config(), adapter_name="user0")
+        for name in self.names[1:]:
+            model.add_adapter(name, self._peft_config())
+
+        def forward(**inputs: Any) -> Any:
+            return model(adapter_names=self.names, **inputs)
+
+        model.eval()
+        return self._dynamic(forward)
+
+    def _peft_config(self) -> Any:
+        import peft
+
+        return peft.LoraConfig(
+            r=self.rank, lora_alpha=2 * self.rank, target_modules=["q_proj", "v_proj"], init_lora_weights=False
+        )
+
+    def _attached(self, rows: slice) -> Step:
+        slots = self.slots[rows]
+        return self._dynamic(lambda **inputs: self.policy.forward(slots=slots, **inputs), len(slots))
+
+    def loop(self, system: str) -> Step:
+        steps = [self._attached(slice(row, row + 1)) for row in range(self.rows)]
+        return lambda: [step() for step in steps]
+
+    def attached(self, system: str) -> Step:
+        return self._attached(slice(None))
+
+    def fused(self, system: str) -> Step:
+        fused = self.policy.fused or self.policy.fuse(max_positions=2048)
+        slots = {"fused": self.slots, "fused_base": 0 * self.slots, "fused_one_user": 0 * self.slots + self.slots[0]}
+        rows, own = torch.arange(self.rows), slots[system]
+        cache = fused.new_cache(self.rows, self.length + 1)
+        across = cache.table.shape[1]
+        for row in range(self.rows):
+            cache.assign(row, list(range(1 + row * across, 1 + (row + 1) * across)))
+            fused.forward(
+                self.prompt[row], own[row].expand(self.length), rows[row].expand(self.length),
+                torch.arange(self.length), cache, torch.tensor([self.length - 1]),
+            )  # fmt: skip
+        token, where = self.prompt[:, 0].clone(), torch.full((self.rows,), self.length)
+
+        def step() -> Tensor:
+            return fused.forward(token, own, rows, where, cache).argmax(-1)
+
+        return step
+
+    def engine(self, system: str) -> Step:
+        steps = 512  # more than are timed: their context grows meanwhile, as an engine's does
+        engine = self.policy.engine(
+            max_rows=self.rows, max_tokens=self.rows * (self.length + steps + 32), step_tokens=1024, background=False
+        )
+        engine._ends.clear()
+        for row, name in zip(self.prompt.tolist(), self.names, strict=True):
+            engine.submit(row, name, max_new_tokens=steps)
+        for _ in range(2 + self.rows * self.length // 1024):
+            engine.step()
+        return engine.step
+
+
+def first_tokens(bench: Bench, systems: list[str]) -> dict[str, Timing]:
+    """Time to the first token of all rows, for the systems that differ in it."""
+    sides: dict[str, Step] = {}
+    with torch.inference_mode():
+        if "transformers" in systems:
+            sides["transformers"] = lambda: bench.base(input_ids=bench.prompt, use_cache=True, logits_to_keep=1)
+        if "attached" in systems:
+            sides["attached"] = lambda: bench.policy.forward(
+                input_ids=bench.prompt, slots=bench.slots, use_cache=True, logits_to_keep=1
+            )
+        if "fused" in systems:
+            fused = bench.policy.fused or bench.policy.fuse(max_positions=2048)
+            cache = fused.new_cache(bench.rows, bench.length + 1)
+            across, length = cache.table.shape[1], bench.length
+            for row in range(bench.rows):
+                cache.assign(row, list(range(1 + row * across, 1 + (row + 1) * across)))
+            sides["fused"] = lambda: fused.forward(
+                bench.prompt.flatten(), bench.slots.repeat_interleave(length),
+                torch.arange(bench.rows).repeat_interleave(length), torch.arange(length).repeat(bench.rows), cache,
+                torch.arange(bench.rows) * length + length - 1,
+            )  # fmt: skip
+        return compare(sides, seconds=2.0, rounds=5) if sides else {}
+
+
+def stream(policy: SteerablePolicy, count: int, rows: int, step_ms: float) -> dict[str, Any]:
+    """Tokens a second of the engine under a stream of requests, of static batches of them, and of the step alone."""
+    draw = random.Random(0)
+    users = [f"user{i}" for i in range(min(count // 2, len(policy.users)))]
+    requests: list[dict[str, Any]] = [
+        {
+            "prompt": [draw.randrange(1000, 40000) for _ in range(draw.randint(4, 48))],
+            "user": draw.choice(users),
+            "max_new_tokens": draw.randint(16, 96),
+        }
+        for _ in range(count)
+    ]
+
+    def serve(batches: list[list[dict[str, Any]]]) -> tuple[float, int, list[list[int]]]:
+        engine = policy.engine(max_rows=rows, max_tokens=rows * 160, background=False)
+        engine._ends.clear()
+        begin = time.perf_counter()
+        results = [result.tokens for batch in batches for result in engine.run(batch)]
+        return time.perf_counter() - begin, sum(map(len, results)), results
+
+    seconds, tokens, results = serve([requests])
+    static_seconds, _, static_results = serve([requests[i : i + rows] for i in range(0, count, rows)])
+    alone = [serve([[requests[i]]])[2][0] for i in range(0, count, max(1, count // 20))]
+    return {
+        "requests": count,
+        "users": len(users),
+        "rows": rows,
+        "tokens": tokens,
+        "prompt_tokens": sum(len(request["prompt"]) for request in requests),
+        "engine_tokens_per_second": tokens / seconds,
+        "static_batches_tokens_per_second": tokens / static_seconds,
+        "fused_step_tokens_per_second": 1e3 * rows / step_ms,
+        "same_as_alone": results == static_results and alone == results[:: max(1, count // 20)],
+    }
+
+
+def show(results: list[dict[str, Any]]) -> None:
+    """Prints a table for every rank."""
+    from rich.console import Console
+    from rich.table import Table
+
+    for rank in sorted({result["rank"] for result in results}):
+        own = [result for result in results if result["rank"] == rank]
+        rows = sorted({result["rows"] for result in own})
+        table = Table(title=f"ms a decode step (and its ratio to transformers), rank {rank}")
+        table.add_column("system")
+        for count in rows:
+            table.add_column(f"{count} rows", justify="right")
+        for system in dict.fromkeys(result["system"] for result in own):
+            cells = []
+            for count in rows:
+                found = {r["system"]: r for r in own if r["rows"] == count}
+                if system not in found:
+                    cells.append("")
+                    continue
+                mine, plain = found[system], found.get("transformers")
+                ratio = f" ({mine['ms_per_step'] / plain['ms_per_step']:.2f})" if plain else ""
+                cells.append(f"{mine['ms_per_step']:.1f} [{mine['ms_low']:.1f}, {mine['ms_high']:.1f}]{ratio}")
+            table.add_row(system, *cells)
+        Console(width=160).print(table)
+
+
+def plot(results: list[dict[str, Any]], path: Path) -> None:
+    """Draws milliseconds a step against rows, a line a system, a panel a rank."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    ranks = sorted({result["rank"] for result in results})
+    figure, axes = plt.subplots(1, len(ranks), figsize=(6 * len(ranks), 4.5), sharey=True, squeeze=False)
+    for axis, rank in zip(axes[0], ranks, strict=True):
+        for system in dict.fromkeys(result["system"] for result in results):
+            own = sorted((r["rows"], r["ms_per_step"]) for r in results if r["rank"] == rank and r["system"] == system)
+            if own:
+                axis.plot(*zip(*own, strict=True), marker="o", label=system)
+        axis.set(title=f"rank {rank}", xlabel="rows, each another user", xscale="log", yscale="log")
+    axes[0][0].set_ylabel("ms a decode step")
+    axes[0][-1].legend(fontsize="small")
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    """The command line."""
+    from examples.demo.base import load_base
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32, 64])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[16, 128])
+    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
+    parser.add_argument("--steps", type=int, default=11, help="timed steps of each system")
+    parser.add_argument("--seconds", type=float, default=4.0, help="fewer steps, but 5, where a system's take longer")
+    parser.add_argument("--prompt", type=int, default=32, help="tokens of context before the step")
+    parser.add_argument("--stream", type=int, default=200, help="requests of the engine's stream; 0 leaves it out")
+    parser.add_argument("--json", type=Path, help="where to write the results, a list of objects")
+    parser.add_argument("--plot", type=Path, help="where to draw them")
+    args = parser.parse_args()
+
+    base, _ = load_base()
+    about, results = machine(), []
+    for rank in args.ranks:
+        policy = make_policy(base, rank, max(100, *args.rows))
+        assert policy.users.slot(BASE) == 0
+        for rows in args.rows:
+            bench = Bench(base, policy, rank, rows, args.prompt)
+            with torch.inference_mode():
+                timings = compare(dict(bench.steps(args.systems)), seconds=args.seconds, rounds=args.steps)
+            first = first_tokens(bench, args.systems)
+            for system, timing in timings.items():
+                result = {
+                    "system": system,
+                    "rows": rows,
+                    "distinct_users": {"fused_one_user": 1, "fused_base": 0, "transformers": 0}.get(system, rows),
+                    "rank": rank,
+                    "ms_per_step": 1e3 * timing.median,
+                    "ms_low": 1e3 * timing.low,
+                    "ms_high": 1e3 * timing.high,
+                    "tokens_per_second": rows / timing.median,
+                    "steps": timing.rounds,
+                    "prompt": args.prompt,
+                    "ms_to_first_token": 1e3 * first[system].median if system in first else None,
+                    **about,
+                }
+                if system in ("fused", "fused_base", "engine", "fused_one_user") and policy.fused is not None:
+                    result["packed_weight_bytes"] = policy.fused.nbytes
+                results.append(result)
+            show([result for result in results if result["rank"] == rank])
+        fused = [r for r in results if r["system"] == "fused" and r["rank"] == rank and r["rows"] == 32]
+        if args.stream and fused:
+            found = stream(policy, args.stream, 32, fused[0]["ms_per_step"])
+            print(json.dumps(found, indent=2))
+            head = {"system": "engine_stream", "distinct_users": found["users"], "rank": rank}
+            results.append({**head, **found, **about})
+        policy.unfuse()
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=2) + "\n")
+    if args.plot:
+        plot([result for result in results if "ms_per_step" in result], args.plot)
+
+
+if __name__ == "__main__":
+    main()

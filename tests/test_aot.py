@@ -1,0 +1,100 @@
+"""The kernels compiled ahead of time for GPUs that are not here, against the committed table."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+from fssa_fast.kernels import aot  # noqa: E402  (needs triton)
+
+# One kernel of every kind, and every chip and dtype.
+SUBSET = [
+    "sm_80/film_norm-4096/bfloat16/*",
+    "sm_90/lora-decode-4096/bfloat16/*",
+    "sm_100/lora-prefill-576/float16/*",
+    "gfx942/lora-decode-576/bfloat16/*",
+    "sm_80/context-linear/float16/*",
+    "sm_90/context-odd/bfloat16/context_pool",
+    "gfx942/film_backward-4096/float32/*",
+    "sm_100/context_backward/bfloat16/context_keys",
+]
+
+SPILLS = """
+import torch, triton, triton.language as tl
+from fssa_fast.kernels import aot
+
+@triton.jit
+def planted_kernel(x_ptr, y_ptr, N: tl.constexpr):
+    i = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
+    x = tl.load(x_ptr + i)
+    tl.store(y_ptr + i, tl.dot(x, x, input_precision="ieee"))
+
+x = torch.empty(128, 128, device="meta")
+[launch] = aot.launches_of(lambda: planted_kernel[(1,)](x, x, 128, num_warps=1))
+print(aot.measure(launch, "sm_80"))
+"""
+
+
+def compiling(*command: str) -> subprocess.CompletedProcess[str]:
+    """Runs Python where Triton compiles, which it does not in a process that interprets."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
+
+
+def test_a_subset_is_as_good_as_the_table() -> None:
+    done = compiling("-m", "fssa_fast.kernels.aot", "--check", *SUBSET)
+    assert done.returncode == 0, done.stderr
+    for pattern in SUBSET:
+        assert pattern.removesuffix("*") in done.stdout
+
+
+def test_the_whole_table_can_run() -> None:
+    """No row of it is a fault by itself, and tensor cores do every product of 16-bit numbers."""
+    table = aot.table()
+    for key, row in table.items():
+        assert not aot.worse(key, row, row)
+        chip, _, dtype, kernel = key.split("/")
+        multiplies = "film" not in kernel and kernel not in ("lora_ranks", "context_sum")
+        if multiplies and dtype != "float32":
+            assert row["products"], key
+    assert {key.split("/")[0] for key in table} == set(aot.TARGETS)
+
+
+def test_a_kernel_that_spills_is_caught(tmp_path: Path) -> None:
+    script = tmp_path / "spills.py"
+    script.write_text(SPILLS)
+    done = compiling(str(script))
+    assert done.returncode == 0, done.stderr
+    row = ast.literal_eval(done.stdout)
+    assert row["spills"] > 1000
+    assert "spilled" in aot.worse("sm_80/case/float32/planted", row, row)[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"spills": 4}, "spilled"),
+        ({"shared": 65537}, "shared memory"),
+        ({"products": ""}, "tensor cores"),
+        ({"loads128": 0}, "128 bits"),
+    ],
+    ids=["spills", "shared", "products", "loads"],
+)
+def test_a_worse_row_is_caught(change: dict[str, object], complaint: str) -> None:
+    key = "gfx942/lora-decode-4096/bfloat16/lora_shrink"
+    known = aot.table()[key]
+    assert aot.worse(key, known, known) == []
+    [found] = aot.worse(key, known | change, known)
+    assert key in found and complaint in found
+
+
+def test_a_row_that_is_missing_is_caught() -> None:
+    key = "sm_80/lora-decode-4096/bfloat16/lora_shrink"
+    assert aot.worse(key, aot.table()[key], None) == [f"{key}: not in the table"]
