@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import permutations
+from itertools import permutations, product
 from typing import Any
 
 import torch
@@ -13,10 +14,14 @@ import torch
 from fssa_fast import TextEmbedder
 from fssa_fast.training import Preference
 
-from .criteria import AXES, Axis, preference
+from .criteria import AXES, Axis, distinct_2, preference, words
 from .prompts import Split
 
-__all__ = ["Pair", "pairs_of", "preferences"]
+__all__ = ["Pair", "pairs_of", "preferences", "with_both"]
+
+FRESH = 0.75  # the least share of distinct pairs of neighbouring words
+ALIKE = 0.5  # the largest difference on the other axes, in margins
+LONG_ENOUGH = 32  # words
 
 
 @dataclass(frozen=True)
@@ -41,16 +46,18 @@ def pairs_of(
 ) -> dict[str, list[Pair]]:
     """The pairs of every kind of user, by kind, in an order drawn from the seed.
 
-    Of each prompt, the `each` pairs whose answers differ by the axis' margin at least and whose differences on the
-    other axes are smallest: that a user likes short answers is not to be read off their being prose. The opposite kind
-    makes the opposite choice on the same pairs, so the two differ in nothing but the choice.
+    Of each prompt, the pairs whose answers differ by the axis' margin at least and by half a margin at most on any
+    other axis: that a user likes short answers is not to be read off their being prose. The `each` most alike on the
+    other axes are kept, no answer in more than two. Answers that repeat themselves are in no pair, or a
+    model would learn to repeat itself; and where length is not what counts, answers are long enough to have a form. The
+    opposite kind makes the opposite choice on the same pairs, so the two differ in nothing but the choice.
 
     Args:
         records: as `examples.demo.sample` writes them; those of the other split are left out.
     """
     by_prompt: dict[str, list[Mapping[str, Any]]] = {}
     for record in records:
-        if record["split"] == split and record["response"]:
+        if record["split"] == split and record["response"] and distinct_2(record["response"]) >= FRESH:
             by_prompt.setdefault(record["prompt"], []).append(record)
     draw = random.Random(seed)
     found: dict[str, list[Pair]] = {}
@@ -58,20 +65,33 @@ def pairs_of(
         others = [other for other in axes if other is not axis]
         pairs: list[Pair] = []
         for prompt, answers in by_prompt.items():
-            clear = [
-                (sum(abs(preference(other.high, a["response"], b["response"])) for other in others), i, a, b)
-                for i, (a, b) in enumerate(permutations(answers, 2))
-                if preference(axis.low, a["response"], b["response"]) >= 1
-            ]
-            pairs += [
-                Pair(a["topic"], prompt, a["response"], b["response"], a["ended"], b["ended"])
-                for _, _, a, b in sorted(clear, key=lambda entry: entry[:2])[:each]
-            ]
+            own = answers if axis.name == "length" else [a for a in answers if len(words(a["response"])) >= LONG_ENOUGH]
+            clear = []
+            for place, (a, b) in enumerate(permutations(own, 2)):
+                apart = [abs(preference(other.high, a["response"], b["response"])) for other in others]
+                if preference(axis.low, a["response"], b["response"]) >= 1 and max(apart, default=0.0) <= ALIKE:
+                    clear.append((sum(apart), place, a, b))
+            uses: Counter[int] = Counter()
+            kept: list[Pair] = []
+            for _, _, a, b in sorted(clear, key=lambda entry: entry[:2]):
+                if len(kept) < each and max(uses[a["id"]], uses[b["id"]]) < 2:
+                    uses.update((a["id"], b["id"]))
+                    kept.append(Pair(a["topic"], prompt, a["response"], b["response"], a["ended"], b["ended"]))
+            pairs += kept
         draw.shuffle(pairs)
         found[axis.low] = pairs
         found[axis.high] = [
             Pair(p.topic, p.prompt, p.rejected, p.chosen, p.rejected_ended, p.chosen_ended) for p in pairs
         ]
+    return found
+
+
+def with_both(users: Mapping[str, Sequence[Preference]], *, axes: Sequence[Axis] = AXES) -> dict[str, list[Preference]]:
+    """The users and, for every combination of ends, one who cares about all axes, with as many choices on each."""
+    found = {kind: list(own) for kind, own in users.items()}
+    for ends in product(*((axis.low, axis.high) for axis in axes)):
+        share = min(len(users[kind]) for kind in ends)
+        found[" ".join(ends)] = [choice for kind in ends for choice in users[kind][:share]]
     return found
 
 

@@ -29,6 +29,7 @@ __all__ = [
     "log_likelihood",
     "measure",
     "preference",
+    "words",
 ]
 
 _WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
@@ -73,15 +74,9 @@ def _list_share(text: str) -> float:
     return sum(len(line.split()) for line in items) / total
 
 
-def _letters_per_word(text: str) -> float:
-    found = words(text)
-    return sum(map(len, found)) / len(found) if found else 0.0
-
-
 AXES: tuple[Axis, ...] = (
     Axis("length", "short", "long", _log_words, 0.8),
     Axis("form", "prose", "list", _list_share, 0.5),
-    Axis("vocabulary", "simple", "elaborate", _letters_per_word, 0.5),
 )
 KINDS: tuple[str, ...] = tuple(kind for axis in AXES for kind in (axis.low, axis.high))
 

@@ -20,36 +20,27 @@ from statistics import mean, stdev
 from typing import Any
 
 import numpy as np
-import torch
 from tqdm.auto import tqdm
-from transformers import LogitsProcessor
 
 from fssa_fast import BASE, Choice, SteerablePolicy, TextEmbedder
 
 from .base import chat_prompt, load_base, load_embedder
 from .choices import Pair, pairs_of
-from .criteria import AXES, Axis, distinct_2, ended, foreign_share, log_likelihood, measure
+from .criteria import AXES, Axis, distinct_2, ended, foreign_share, log_likelihood, measure, words
 from .prompts import prompts
-from .sample import nucleus, pack_linears, read_samples
+from .sample import NucleusSampler, pack_linears, read_samples
 
 COUNTS = (1, 3, 5, 10)
 POINTS = 7
 
 
-class Nucleus(LogitsProcessor):
-    """Samples as the training answers were sampled, and rules out every other token: for `do_sample=False`."""
-
-    def __init__(self, seed: int) -> None:
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        drawn = nucleus(scores, temperature=0.7, top_p=0.95, generator=self.generator)
-        return torch.full_like(scores, -torch.inf).scatter_(-1, drawn[:, None], 0.0)
-
-
 @dataclass(frozen=True)
 class Answer:
-    """One answer: who was served, with how many choices (None: base and mixtures), and what is measured of it."""
+    """One answer: who was served, with how many choices (None: base and mixtures), and what is measured of it.
+
+    `base_distinct_2` is of the base's own answer to the prompt, cut to as many words: the longer a text, the more of
+    its pairs of words it has used before, so a short text is compared with the beginning of a long one.
+    """
 
     group: str
     choices: int | None
@@ -58,6 +49,7 @@ class Answer:
     ended: bool
     log_likelihood: float
     distinct_2: float
+    base_distinct_2: float
     foreign: float
     attributes: dict[str, float]
 
@@ -91,7 +83,7 @@ def add_people(
 def answer_all(
     policy: SteerablePolicy, requests: Sequence[tuple[str, int | None, str, str]], *, batch: int, seed: int
 ) -> list[Answer]:
-    """Answers (group, choices, prompt, user) requests in shuffled batches that mix users."""
+    """Answers (group, choices, prompt, user) requests in shuffled batches that mix users; BASE is asked them all."""
     order = list(range(len(requests)))
     random.Random(seed).shuffle(order)
     texts: dict[int, tuple[str, bool]] = {}
@@ -107,7 +99,7 @@ def answer_all(
             attention_mask=inputs["attention_mask"],
             max_new_tokens=192,
             do_sample=False,
-            logits_processor=[Nucleus(seed + start)],
+            logits_processor=[NucleusSampler(temperature=0.7, top_p=0.95, seed=seed + start)],
         )
         for i, row in zip(part, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
             tokens = row[: row.index(eos) + 1] if eos in row else row
@@ -115,9 +107,11 @@ def answer_all(
     likelihoods = log_likelihood(
         policy.model, tokenizer, [request[2] for request in requests], [texts[i][0] for i in range(len(requests))]
     )
+    plain = {request[2]: words(texts[i][0]) for i, request in enumerate(requests) if request[3] == BASE}
     return [
         Answer(
             group, count, prompt, *texts[i], likelihoods[i], distinct_2(texts[i][0]),
+            distinct_2(" ".join(plain[prompt][: len(words(texts[i][0]))])),
             foreign_share(prompt, texts[i][0]), measure(texts[i][0]),
         )
         for i, (group, count, prompt, _) in enumerate(requests)
@@ -174,6 +168,7 @@ def figures(answers: Sequence[Answer], axes: Sequence[Axis]) -> dict[str, Any]:
                 "answers": len(own),
                 "log_likelihood": mean(a.log_likelihood for a in own if a.text),
                 "distinct_2": mean(a.distinct_2 for a in own),
+                "base_distinct_2": mean(a.base_distinct_2 for a in own),
                 "foreign": max(a.foreign for a in own),
                 "foreign_answers": sum(a.foreign > 0 for a in own),
                 "ended": mean(a.ended for a in own),
@@ -202,13 +197,14 @@ def tables(result: Mapping[str, Any]) -> str:
         )
     lines += [
         "",
-        "| answers of | nats a token under the base | distinct-2 | foreign characters | ended | words |",
-        "|---" * 6 + "|",
+        "| answers of | nats a token, base | distinct-2 | of the base, as long | foreign characters | ended | words |",
+        "|---" * 7 + "|",
     ]
     for row in result["fluency"]:
         lines.append(
             f"| {row['group']} ({row['answers']}) | {row['log_likelihood']:.2f} | {row['distinct_2']:.3f} | "
-            f"{row['foreign_answers']} answers | {row['ended']:.2f} | {row['words']:.0f} |"
+            f"{row['base_distinct_2']:.3f} | {row['foreign_answers']} answers | "
+            f"{row['ended']:.2f} | {row['words']:.0f} |"
         )
     return "\n".join(lines) + "\n"
 

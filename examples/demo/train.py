@@ -16,7 +16,8 @@ from fssa_fast import EncoderConfig, LoraConfig, SteerablePolicy, SteeringConfig
 from fssa_fast.training import NPDPOArguments, NPDPOTrainer, PreferenceData
 
 from .base import load_base, load_embedder
-from .choices import pairs_of, preferences
+from .choices import pairs_of, preferences, with_both
+from .criteria import AXES
 from .encoder import accuracy, fit_reward, standardize
 from .sample import read_samples
 
@@ -50,15 +51,18 @@ def train(
     users = preferences(pairs_of(records, "train", seed=seed), embedder)
     unseen = preferences(pairs_of(records, "test", seed=seed), embedder)
     reward = fit_reward(users, LATENT, seed=seed)
-    for count in (0, 1, 3, 5, 10):
-        print(f"reward model, {count} choices: {100 * accuracy(reward, unseen, count):.1f} % of unseen choices right")
+    for count in (1, 3, 5, 10):
+        for axis, other in zip(AXES, AXES[::-1], strict=True):
+            right, beside = (100 * accuracy(reward, unseen, axis.low, kind, count) for kind in (axis.low, other.low))
+            print(f"reward model, {count} choices on {axis.name}: {right:.1f} % right on {axis.name}, "
+                  f"{beside:.1f} % on {other.name} (50 is right)")  # fmt: skip
     standardize(reward.encoder, users)
     policy = SteerablePolicy(
         model.to(torch.bfloat16), config, tokenizer=tokenizer, embedder=embedder, modulation_std=0.1
     )
     policy.encoder.load_state_dict(reward.encoder.state_dict())
     policy.encoder.requires_grad_(False)  # it knows users already; what is left to learn is how to answer them
-    data = PreferenceData(users, tokenizer, length=steps * examples, targets=targets, seed=seed)
+    data = PreferenceData(with_both(users), tokenizer, length=steps * examples, targets=targets, seed=seed)
     work = Path(out).with_name(Path(out).name + "-run")
     arguments = NPDPOArguments(
         str(work),
