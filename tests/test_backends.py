@@ -185,13 +185,13 @@ def test_threads_share_the_pool():
 @native
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 def test_works_after_fork():
-    """In a process of its own, since forking this one would also fork torch's threads."""
+    """In a process of its own, and too small for torch to start OpenMP threads, which do not survive a fork."""
     program = (
         "import os, torch\n"
         "from fssa_fast.backends import cpu\n"
         "torch.manual_seed(0); torch.set_num_threads(3)\n"
-        "x, a, b, y = torch.randn(300, 700), torch.randn(64, 700), torch.randn(64, 300), torch.zeros(300, 300)\n"
-        "args = (x, [y], a, [b], torch.ones(1, 64), None, torch.zeros(300, dtype=torch.int32), 1.0)\n"
+        "x, a, b, y = torch.randn(100, 700), torch.randn(64, 700), torch.randn(64, 300), torch.zeros(100, 300)\n"
+        "args = (x, [y], a, [b], torch.ones(1, 64), None, torch.zeros(100, dtype=torch.int32), 1.0)\n"
         "want = cpu.lora(*args)[0]\n"
         "child = os.fork()\n"
         "if child == 0:\n"

@@ -231,7 +231,8 @@ def test_rows_that_overflow_change_nothing() -> None:
     policy.users.add("a", make_choices(1))
     before = state(policy)
     with torch.no_grad():
-        policy.encoder.outer1.weight.mul_(1e38)
+        policy.encoder.outer1.bias.fill_(3e38)
+        policy.modulator.weight.fill_(1.0)
     for change in (
         lambda: policy.users.add("b", [Choice(GOOD * 1e6, -GOOD)]),
         lambda: policy.users.update("a", [Choice(GOOD * 1e6, -GOOD)]),

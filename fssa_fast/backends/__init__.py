@@ -127,7 +127,7 @@ def register_op(library: torch.library.Library, op: str, reference: Callable[...
         if name == "auto":
             return _automatic(op, args)(*args)
         if name == "reference":
-            return reference(*args)
+            return _references[op](*args)
         return _named(op, _first_tensor(args), name)(*args)
 
     library.impl(op, run, "CompositeExplicitAutograd")
