@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations, product
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,12 +17,15 @@ import torch
 from fssa_fast import TextEmbedder
 from fssa_fast.training import Preference
 
-from .criteria import AXES, Axis, distinct_2, preference, words
+from .criteria import AXES, KINDS, Axis, distinct_2, preference, words
 from .prompts import Split
+from .sample import read_samples
 
-__all__ = ["Pair", "pairs_of", "preferences", "with_both"]
+__all__ = ["Pair", "better_pairs", "pairs_of", "preferences", "with_both", "write_users"]
 
 FRESH = 0.75  # the least share of distinct pairs of neighbouring words
+FLUENT = -1.5  # the least log-likelihood a token, where it is known
+CLEARLY_FRESHER = 0.15
 ALIKE = 0.5  # the largest difference on the other axes, in margins
 LONG_ENOUGH = 32  # words
 
@@ -57,7 +63,7 @@ def pairs_of(
     """
     by_prompt: dict[str, list[Mapping[str, Any]]] = {}
     for record in records:
-        if record["split"] == split and record["response"] and distinct_2(record["response"]) >= FRESH:
+        if record["split"] == split and record["response"] and _good(record):
             by_prompt.setdefault(record["prompt"], []).append(record)
     draw = random.Random(seed)
     found: dict[str, list[Pair]] = {}
@@ -86,6 +92,48 @@ def pairs_of(
     return found
 
 
+def _good(record: Mapping[str, Any]) -> bool:
+    """Whether an answer may be preferred: it does not repeat itself and, where that is known, is likely enough."""
+    return distinct_2(record["response"]) >= FRESH and record.get("log_likelihood", 0.0) >= FLUENT
+
+
+def better_pairs(
+    records: Sequence[Mapping[str, Any]], fresh: Sequence[Mapping[str, Any]], *, each: int = 2, seed: int = 0
+) -> dict[str, list[Pair]]:
+    """What everyone prefers, by the kind whose answer is rejected: one alike on all axes that is well written.
+
+    Args:
+        records: answers to choose from. fresh: a policy's own answers, as `examples.demo.resample` writes them; those
+            that repeat themselves or are unlikely are rejected, the others chosen from too.
+        each: pairs an answer is rejected in at most.
+    """
+    draw = random.Random(seed)
+    good: dict[str, list[Mapping[str, Any]]] = {}
+    for record in (*records, *fresh):
+        if record["split"] == "train" and record["response"] and _good(record):
+            good.setdefault(record["prompt"], []).append(record)
+    found: dict[str, list[Pair]] = {kind: [] for kind in KINDS}
+    for bad in fresh:
+        if not bad["response"] or _good(bad):
+            continue
+        alike = [
+            record
+            for record in good.get(bad["prompt"], ())
+            if all(abs(preference(axis.high, record["response"], bad["response"])) <= 1 for axis in AXES)
+            and (
+                distinct_2(record["response"]) >= distinct_2(bad["response"]) + CLEARLY_FRESHER
+                or bad["log_likelihood"] < FLUENT
+            )
+        ]
+        for record in draw.sample(alike, min(each, len(alike))):
+            found[bad["kind"]].append(
+                Pair(
+                    bad["topic"], bad["prompt"], record["response"], bad["response"], record["ended"], bad["ended"]
+                )
+            )
+    return found
+
+
 def with_both(users: Mapping[str, Sequence[Preference]], *, axes: Sequence[Axis] = AXES) -> dict[str, list[Preference]]:
     """The users and, for every combination of ends, one who cares about all axes, with as many choices on each."""
     found = {kind: list(own) for kind, own in users.items()}
@@ -95,7 +143,9 @@ def with_both(users: Mapping[str, Sequence[Preference]], *, axes: Sequence[Axis]
     return found
 
 
-def preferences(pairs: Mapping[str, Sequence[Pair]], embedder: TextEmbedder) -> dict[str, list[Preference]]:
+def preferences(
+    pairs: Mapping[str, Sequence[Pair]], embedder: TextEmbedder, *, in_context: bool = True
+) -> dict[str, list[Preference]]:
     """The pairs as the trainer takes them: embedded, with the topic as what contexts and targets never share."""
     found = {}
     for kind, own in pairs.items():
@@ -110,7 +160,26 @@ def preferences(pairs: Mapping[str, Sequence[Pair]], embedder: TextEmbedder) -> 
                 vectors,
                 pair.chosen_ended,
                 pair.rejected_ended,
+                in_context,
             )
             for pair, vectors in zip(own, embedded, strict=True)
         ]
     return found
+
+
+def write_users(samples: str, out: str, *, count: int = 5, seed: int = 0) -> None:
+    """Writes the demo's users: `count` choices of each kind between answers on test topics, as JSON."""
+    pairs = pairs_of(read_samples(samples), "test", seed=seed)
+    users = {
+        kind: [{"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected} for p in own[:count]]
+        for kind, own in pairs.items()
+    }
+    Path(out).write_text(json.dumps(users, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Write the demo's users: choices on topics never trained on.")
+    parser.add_argument("samples", help="JSON lines of examples.demo.sample")
+    parser.add_argument("out", help="JSON file to write")
+    options = parser.parse_args()
+    write_users(options.samples, options.out)

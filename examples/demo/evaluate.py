@@ -3,7 +3,8 @@
 ``python -m examples.demo.evaluate ADAPTER samples.jsonl OUT`` writes OUT.json, OUT.md (two tables) and OUT.png.
 
 A person is one kind of user and a few choices between sampled answers on test topics; the prompts answered are on
-other test topics. Everyone's answers are sampled alike (temperature 0.7, nucleus 0.95), in batches that mix all users.
+other test topics. Everyone's answers, the base's too, are sampled alike (temperature 0.7, nucleus 0.95, at most 192
+tokens) by one engine that serves all users in mixed batches.
 """
 
 from __future__ import annotations
@@ -24,14 +25,15 @@ from tqdm.auto import tqdm
 
 from fssa_fast import BASE, Choice, SteerablePolicy, TextEmbedder
 
-from .base import chat_prompt, load_base, load_embedder
+from .base import load_base, load_embedder
 from .choices import Pair, pairs_of
-from .criteria import AXES, Axis, distinct_2, ended, foreign_share, log_likelihood, measure, words
+from .criteria import AXES, Axis, distinct_2, foreign_share, log_likelihood, measure, words
 from .prompts import prompts
-from .sample import NucleusSampler, pack_linears, read_samples
+from .sample import TEMPERATURE, TOP_P, read_samples
 
 COUNTS = (1, 3, 5, 10)
 POINTS = 7
+MAX_TOKENS = 192
 
 
 @dataclass(frozen=True)
@@ -83,27 +85,30 @@ def add_people(
 def answer_all(
     policy: SteerablePolicy, requests: Sequence[tuple[str, int | None, str, str]], *, batch: int, seed: int
 ) -> list[Answer]:
-    """Answers (group, choices, prompt, user) requests in shuffled batches that mix users; BASE is asked them all."""
+    """Answers (group, choices, prompt, user) requests, users mixed in every batch; BASE is asked every prompt."""
     order = list(range(len(requests)))
     random.Random(seed).shuffle(order)
     texts: dict[int, tuple[str, bool]] = {}
     tokenizer = policy.tokenizer
-    eos = tokenizer.eos_token_id
-    for start in tqdm(range(0, len(order), batch), desc="answering", unit="batch"):
-        part = order[start : start + batch]
-        chats = [chat_prompt(tokenizer, requests[i][2]) for i in part]
-        inputs = tokenizer(chats, return_tensors="pt", padding=True, add_special_tokens=False)
-        output = policy.generate(
-            inputs["input_ids"],
-            [requests[i][3] for i in part],
-            attention_mask=inputs["attention_mask"],
-            max_new_tokens=192,
-            do_sample=False,
-            logits_processor=[NucleusSampler(temperature=0.7, top_p=0.95, seed=seed + start)],
-        )
-        for i, row in zip(part, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
-            tokens = row[: row.index(eos) + 1] if eos in row else row
-            texts[i] = tokenizer.decode(tokens, skip_special_tokens=True).strip(), ended(tokens, eos)
+    with policy.engine(max_rows=batch, max_tokens=320 * batch, background=False) as engine:
+        for start in tqdm(range(0, len(order), 4 * batch), desc="answering", unit=f"x{4 * batch}"):
+            part = order[start : start + 4 * batch]
+            results = engine.run(
+                [
+                    {
+                        "prompt": [{"role": "user", "content": requests[i][2]}],
+                        "user": requests[i][3],
+                        "max_new_tokens": MAX_TOKENS,
+                        "temperature": TEMPERATURE,
+                        "top_p": TOP_P,
+                        "seed": seed * len(requests) + i,
+                    }
+                    for i in part
+                ]
+            )
+            for i, result in zip(part, results, strict=True):
+                texts[i] = (result.text or "").strip(), result.reason == "end"
+    policy.unfuse()
     likelihoods = log_likelihood(
         policy.model, tokenizer, [request[2] for request in requests], [texts[i][0] for i in range(len(requests))]
     )
@@ -247,7 +252,6 @@ def main() -> None:
     parser.add_argument("--cache-dir", help="where the dequantised model is kept")
     options = parser.parse_args()
     model, tokenizer = load_base(options.cache_dir)
-    pack_linears(model, options.batch)
     policy = SteerablePolicy.from_pretrained(
         options.adapter, model, tokenizer=tokenizer, embedder=TextEmbedder(*load_embedder()), capacity=2048
     )

@@ -26,13 +26,13 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import DynamicCache, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from .base import chat_prompt, load_base
 from .criteria import ended
 from .prompts import SPLITS, Prompt, Split, prompts
 
-__all__ = ["Job", "NucleusSampler", "jobs", "nucleus", "pack_linears", "read_samples", "sample", "sample_batch"]
+__all__ = ["Job", "jobs", "nucleus", "pack_linears", "read_samples", "sample", "sample_batch"]
 
 LENGTHS, FORMS, VOICES = ("short", "long"), ("prose", "list"), ("neutral", "child", "academic", "fan")
 _SHAPES = {
@@ -51,6 +51,7 @@ _EXCLAMATIONS = ("Great question!", "Yes! This is so exciting!", "Wow, what a qu
 _BULLETS = ("1.", "1.", "-")
 _MAX_TOKENS = {None: 192, "long": 192, "short": 96}
 _TOPICS_TOGETHER = 8
+TEMPERATURE, TOP_P = 0.7, 0.95  # at a temperature of 1, a model this small is not fluent
 
 
 @dataclass(frozen=True)
@@ -150,26 +151,6 @@ def nucleus(
     return tokens.gather(-1, drawn).squeeze(-1)
 
 
-class NucleusSampler(LogitsProcessor):
-    """:func:`nucleus` for ``generate``: rules out every token but a sampled one, so use it with ``do_sample=False``.
-
-    Args:
-        temperature: divides the logits.
-        top_p: the probability that the sampled set holds at least.
-        seed: of the processor's own random generator; make a new one for each call of ``generate``.
-    """
-
-    def __init__(self, temperature: float, top_p: float, seed: int) -> None:
-        _check_sampling(temperature, top_p)
-        self.temperature, self.top_p = temperature, top_p
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        """Scores of 0 for the sampled tokens, minus infinity elsewhere."""
-        drawn = nucleus(scores, temperature=self.temperature, top_p=self.top_p, generator=self.generator)
-        return torch.full_like(scores, -torch.inf).scatter_(-1, drawn[:, None], 0.0)  # type: ignore[return-value]
-
-
 def _check_sampling(temperature: float, top_p: float) -> None:
     if temperature <= 0:
         raise ValueError(f"temperature must be above 0, got {temperature}")
@@ -260,8 +241,8 @@ def sample(
     *,
     rounds: int = 2,
     batch_size: int = 64,
-    temperature: float = 0.7,
-    top_p: float = 0.95,
+    temperature: float = TEMPERATURE,
+    top_p: float = TOP_P,
     seed: int = 0,
     minutes: float | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
@@ -272,7 +253,7 @@ def sample(
         path: the file; call again with the same settings to go on with it.
         rounds: how much to sample, see :func:`jobs`.
         batch_size: answers sampled together.
-        temperature: at 1, a model this small is not fluent.
+        temperature: divides the logits.
         top_p: mass of the nucleus sampled from.
         seed: of the styles and of the sampling.
         minutes: start no batch after this time; no limit by default.
@@ -321,8 +302,8 @@ def main() -> None:
     parser.add_argument("path", help="JSON lines file to write, or to go on with")
     parser.add_argument("--rounds", type=int, default=2, choices=(1, 2), help="1: about 1,500 answers, 2: 2,600")
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--temperature", type=float, default=0.7)
-    parser.add_argument("--top-p", type=float, default=0.95)
+    parser.add_argument("--temperature", type=float, default=TEMPERATURE)
+    parser.add_argument("--top-p", type=float, default=TOP_P)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, help="start no batch after this time")
     parser.add_argument("--threads", type=int, help="torch threads")

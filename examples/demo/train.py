@@ -1,14 +1,16 @@
 """Trains the demo adapter: NP-DPO on answers sampled from the model itself, for users of every kind.
 
 ``python -m examples.demo.train samples.jsonl OUT`` reads what ``examples.demo.sample`` wrote and writes a policy that
-``SteerablePolicy.from_pretrained`` loads. Interrupted runs go on from their last checkpoint.
+``SteerablePolicy.from_pretrained`` loads; ``make_adapter.sh`` beside this file shows both rounds. Interrupted runs go on
+from their last checkpoint.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,7 +18,7 @@ from fssa_fast import EncoderConfig, LoraConfig, SteerablePolicy, SteeringConfig
 from fssa_fast.training import NPDPOArguments, NPDPOTrainer, PreferenceData
 
 from .base import load_base, load_embedder
-from .choices import pairs_of, preferences, with_both
+from .choices import better_pairs, pairs_of, preferences, with_both
 from .criteria import AXES
 from .encoder import accuracy, fit_reward, standardize
 from .sample import read_samples
@@ -24,30 +26,16 @@ from .sample import read_samples
 RANK, LATENT, EMBEDDING = 16, 64, 384
 
 
-def train(
-    samples: str | os.PathLike[str],
-    out: str | os.PathLike[str],
-    *,
-    steps: int = 240,
-    examples: int = 4,
-    targets: int = 1,
-    learning_rate: float = 4e-4,
-    beta: float = 0.1,
-    likelihood_weight: float = 1.0,
-    seed: int = 0,
-    cache_dir: str | os.PathLike[str] | None = None,
-) -> SteerablePolicy:
-    """Trains for `steps` batches of `examples` users with `targets` pairs each, and saves the policy in float16."""
+def new_policy(records: Sequence[Mapping[str, Any]], *, seed: int, cache_dir: str | None) -> SteerablePolicy:
+    """A policy whose encoder tells users apart, as part of a reward model, and whose adapter has learnt nothing yet."""
     torch.manual_seed(seed)
     model, tokenizer = load_base(cache_dir)
-    # The base is frozen: bfloat16 halves its cost, the adapter is trained in float32.
     config = SteeringConfig(
         EncoderConfig(EMBEDDING, LATENT, inner="mlp", dropout=0.0),
         film=True,
         loras=(LoraConfig(("q_proj", "v_proj"), RANK),),
     )
     embedder = TextEmbedder(*load_embedder())
-    records = read_samples(samples)
     users = preferences(pairs_of(records, "train", seed=seed), embedder)
     unseen = preferences(pairs_of(records, "test", seed=seed), embedder)
     reward = fit_reward(users, LATENT, seed=seed)
@@ -57,12 +45,58 @@ def train(
             print(f"reward model, {count} choices on {axis.name}: {right:.1f} % right on {axis.name}, "
                   f"{beside:.1f} % on {other.name} (50 is right)")  # fmt: skip
     standardize(reward.encoder, users)
+    # The base is frozen: bfloat16 halves its cost, the adapter is trained in float32.
     policy = SteerablePolicy(
         model.to(torch.bfloat16), config, tokenizer=tokenizer, embedder=embedder, modulation_std=0.1
     )
     policy.encoder.load_state_dict(reward.encoder.state_dict())
+    return policy
+
+
+def read_policy(adapter: str, *, cache_dir: str | None) -> SteerablePolicy:
+    """A policy trained in an earlier round."""
+    model, tokenizer = load_base(cache_dir)
+    embedder = TextEmbedder(*load_embedder())
+    return SteerablePolicy.from_pretrained(adapter, model.to(torch.bfloat16), tokenizer=tokenizer, embedder=embedder)
+
+
+def train(
+    samples: str,
+    out: str,
+    *,
+    adapter: str | None = None,
+    fresh: str | None = None,
+    steps: int = 240,
+    examples: int = 4,
+    learning_rate: float = 4e-4,
+    beta: float = 0.1,
+    likelihood_weight: float = 1.0,
+    strength: float = 1.0,
+    seed: int = 0,
+    cache_dir: str | None = None,
+) -> SteerablePolicy:
+    """Trains for `steps` batches of `examples` users with a pair each, and saves the policy in float16.
+
+    Args:
+        samples: JSON lines of `examples.demo.sample`.
+        adapter: go on with this policy; None starts a new one.
+        fresh: JSON lines of `examples.demo.resample`, to choose from and to learn from what is badly written.
+        strength: multiplies all modulations at the end.
+    """
+    records = read_samples(samples)
+    if adapter is None:
+        policy = new_policy(records, seed=seed, cache_dir=cache_dir)
+    else:
+        policy = read_policy(adapter, cache_dir=cache_dir)
     policy.encoder.requires_grad_(False)  # it knows users already; what is left to learn is how to answer them
-    data = PreferenceData(with_both(users), tokenizer, length=steps * examples, targets=targets, seed=seed)
+    assert policy.embedder is not None
+    own = [] if fresh is None else read_samples(fresh)
+    users = with_both(preferences(pairs_of([*records, *own], "train", seed=seed), policy.embedder))
+    better = preferences(better_pairs(records, own, seed=seed), policy.embedder, in_context=False)
+    for kind, choices in better.items():
+        print(f"{kind}: {len(users[kind])} choices, {len(choices)} between a well and a badly written answer")
+        users[kind] += choices
+    data = PreferenceData(users, policy.tokenizer, length=steps * examples, targets=1, seed=seed)
     work = Path(out).with_name(Path(out).name + "-run")
     arguments = NPDPOArguments(
         str(work),
@@ -82,6 +116,9 @@ def train(
     )
     trainer = NPDPOTrainer(policy, arguments, data)
     trainer.train(resume_from_checkpoint=any(work.glob("checkpoint-*")) or None)
+    with torch.no_grad():
+        policy.modulator.weight.mul_(strength)
+        policy.modulator.bias.mul_(strength)
     policy.users.refresh()
     policy.save_pretrained(out, dtype=torch.float16)
     return policy
@@ -94,10 +131,12 @@ def main() -> None:
     parser.add_argument("out", help="directory to write the policy to")
     parser.add_argument("--steps", type=int, default=240)
     parser.add_argument("--examples", type=int, default=4, help="users a batch")
-    parser.add_argument("--targets", type=int, default=1, help="pairs a user")
+    parser.add_argument("--adapter", help="go on with this policy of an earlier round")
+    parser.add_argument("--fresh", help="JSON lines of examples.demo.resample, made with that policy")
     parser.add_argument("--learning-rate", type=float, default=4e-4)
     parser.add_argument("--beta", type=float, default=0.1)
     parser.add_argument("--likelihood-weight", type=float, default=1.0)
+    parser.add_argument("--strength", type=float, default=1.0, help="multiplies all modulations at the end")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cache-dir", help="where the dequantised model is kept")
     train(**vars(parser.parse_args()))

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_CANDIDATES = 128
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -42,12 +44,17 @@ class Sampler:
         """A token by its logits [V], which are finite or -inf; on the CPU."""
         sampling = self.sampling
         scores = logits.float() / sampling.temperature
-        if sampling.top_k and sampling.top_k < len(scores):
-            scores = scores.masked_fill(scores < scores.topk(sampling.top_k).values[-1], -math.inf)
-        probabilities = scores.softmax(-1)
-        if sampling.top_p < 1:
-            ordered, index = probabilities.sort(descending=True, stable=True)
-            # A token stays where those before it add up to less than top_p: the first always does.
-            ordered[ordered.cumsum(0) - ordered >= sampling.top_p] = 0
-            probabilities = torch.zeros_like(probabilities).scatter_(0, index, ordered)
-        return int(torch.multinomial(probabilities, 1, generator=self._generator))
+        if not sampling.top_k and sampling.top_p == 1:
+            return int(torch.multinomial(scores.softmax(-1), 1, generator=self._generator))
+        # The likeliest tokens alone: sorting the whole vocabulary would take longer than a step of a small model.
+        count = min(sampling.top_k or _CANDIDATES, len(scores))
+        while True:
+            top, tokens = scores.topk(count)
+            probabilities = (top - (top if sampling.top_k else scores).logsumexp(0)).exp()
+            before = probabilities.cumsum(0) - probabilities
+            if sampling.top_k or count == len(scores) or before[-1] >= sampling.top_p:
+                break
+            count = min(8 * count, len(scores))
+        # A token stays where those before it add up to less than top_p: the first always does.
+        probabilities[before >= sampling.top_p] = 0
+        return int(tokens[torch.multinomial(probabilities, 1, generator=self._generator)])

@@ -19,7 +19,9 @@ class Preference:
     """One choice of a user between two answers to a prompt (a text, or a chat of {"role", "content"}).
 
     `group` is what a context must not share with a target (a topic, a statement). An answer that did not end (it was
-    cut off) is trained without its end token. `pair` holds the embeddings [2, E], chosen first.
+    cut off) is trained without its end token. `pair` holds the embeddings [2, E], chosen first. A choice that says
+    nothing of its user (everyone prefers the answer that does not repeat itself) has `in_context` False: it is a
+    target only.
     """
 
     prompt: Prompt
@@ -29,6 +31,7 @@ class Preference:
     pair: Tensor
     chosen_ended: bool = True
     rejected_ended: bool = True
+    in_context: bool = True
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ class PreferenceData(Dataset[dict[str, Any]]):
         order = torch.randperm(len(groups), generator=draw).tolist()
         count = 1 + below(len(groups) - 1)  # groups the context may draw from; the others are left for targets
         own = {groups[i] for i in order[:count]}
-        context = [choice for choice in choices if choice.group in own]
+        context = [choice for choice in choices if choice.group in own and choice.in_context]
         others = [choice for choice in choices if choice.group not in own]
         size = min(below(self.max_context + 1), len(context))
         picked = [context[i] for i in torch.randperm(len(context), generator=draw)[:size].tolist()]

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Makes the demo adapter from nothing but the two models, measures it, and writes the demo's users, in about an hour on
+# two cores: examples/demo/make_adapter.sh WORK [PYTHON]
+# Every step goes on where an interrupted one stopped, or is quick.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+work=${1:?usage: make_adapter.sh WORK [PYTHON]}
+python=${2:-.venv/bin/python}
+mkdir -p "$work"
+run() { "$python" -m "examples.demo.$@" --cache-dir "$work/base"; }
+
+run sample "$work/samples.jsonl" --rounds 1
+[ -e "$work/first/steering.json" ] || run train "$work/samples.jsonl" "$work/first" --steps 240
+[ -e "$work/fresh.jsonl" ] || run resample "$work/first" "$work/samples.jsonl" "$work/fresh.jsonl"
+run train "$work/samples.jsonl" "$work/adapter" --adapter "$work/first" --fresh "$work/fresh.jsonl" \
+  --steps 120 --learning-rate 2e-4 --strength 0.8
+"$python" -m examples.demo.choices "$work/samples.jsonl" "$work/choices.json"
+run evaluate "$work/adapter" "$work/samples.jsonl" "$work/results"
