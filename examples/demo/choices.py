@@ -98,7 +98,7 @@ def _good(record: Mapping[str, Any]) -> bool:
 
 
 def better_pairs(
-    records: Sequence[Mapping[str, Any]], fresh: Sequence[Mapping[str, Any]], *, each: int = 2, seed: int = 0
+    records: Sequence[Mapping[str, Any]], fresh: Sequence[Mapping[str, Any]], *, each: int = 3, seed: int = 0
 ) -> dict[str, list[Pair]]:
     """What everyone prefers, by the kind whose answer is rejected: one alike on all axes that is well written.
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from torch.nn import functional
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .base import chat_prompt
@@ -153,21 +154,25 @@ def log_likelihood(
     """
     if len(prompts) != len(responses):
         raise ValueError(f"prompts and responses must be equally many, got {len(prompts)} and {len(responses)}")
-    values: list[float] = []
-    for start in range(0, len(prompts), batch_size):
-        rows = range(start, min(start + batch_size, len(prompts)))
-        heads = [tokenizer(chat_prompt(tokenizer, prompts[row]), add_special_tokens=False).input_ids for row in rows]
-        tails = [tokenizer(responses[row], add_special_tokens=False).input_ids for row in rows]
-        width = max(len(head) + len(tail) for head, tail in zip(heads, tails, strict=True))
-        ids = torch.zeros(len(heads), width, dtype=torch.long)
+    heads = [tokenizer(chat_prompt(tokenizer, prompt), add_special_tokens=False).input_ids for prompt in prompts]
+    tails = [tokenizer(response, add_special_tokens=False).input_ids for response in responses]
+    values = [math.nan] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda row: len(heads[row]) + len(tails[row]))  # little padding a batch
+    for start in tqdm(range(0, len(order), batch_size), desc="log-likelihoods", unit="batch"):
+        rows = order[start : start + batch_size]
+        width = max(len(heads[row]) + len(tails[row]) for row in rows)
+        ids = torch.zeros(len(rows), width, dtype=torch.long)
         attended, scored = torch.zeros_like(ids), torch.zeros(ids.shape, dtype=torch.bool)
-        for row, (head, tail) in enumerate(zip(heads, tails, strict=True)):
-            ids[row, : len(head) + len(tail)] = torch.tensor(head + tail)
-            attended[row, : len(head) + len(tail)] = 1
-            scored[row, len(head) : len(head) + len(tail)] = True
-        logits = model(input_ids=ids, attention_mask=attended, use_cache=False).logits[:, :-1]
-        losses = functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+        for place, row in enumerate(rows):
+            head, both = len(heads[row]), len(heads[row]) + len(tails[row])
+            ids[place, :both] = torch.tensor(heads[row] + tails[row])
+            attended[place, :both] = 1
+            scored[place, head:both] = True
+        # bfloat16 is several times faster on most processors and changes the mean by some thousandths.
+        with torch.autocast(model.device.type, torch.bfloat16):
+            logits = model(input_ids=ids, attention_mask=attended, use_cache=False).logits[:, :-1]
+        losses = functional.cross_entropy(logits.float().transpose(1, 2), ids[:, 1:], reduction="none")
         kept = scored[:, 1:]
-        sums, counts = (losses * kept).sum(1), kept.sum(1)
-        values += (-sums / counts).tolist()
+        for row, value in zip(rows, (-(losses * kept).sum(1) / kept.sum(1)).tolist(), strict=True):
+            values[row] = value
     return values

@@ -1,7 +1,7 @@
 """Trains the demo adapter: NP-DPO on answers sampled from the model itself, for users of every kind.
 
 ``python -m examples.demo.train samples.jsonl OUT`` reads what ``examples.demo.sample`` wrote and writes a policy that
-``SteerablePolicy.from_pretrained`` loads; ``make_adapter.sh`` beside this file shows both rounds. Interrupted runs go on
+``SteerablePolicy.from_pretrained`` loads; ``make_adapter.sh`` shows both rounds. Interrupted runs go on
 from their last checkpoint.
 """
 
@@ -93,9 +93,10 @@ def train(
     own = [] if fresh is None else read_samples(fresh)
     users = with_both(preferences(pairs_of([*records, *own], "train", seed=seed), policy.embedder))
     better = preferences(better_pairs(records, own, seed=seed), policy.embedder, in_context=False)
-    for kind, choices in better.items():
-        print(f"{kind}: {len(users[kind])} choices, {len(choices)} between a well and a badly written answer")
-        users[kind] += choices
+    for name, choices in users.items():
+        written = [choice for kind in name.split() for choice in better[kind]]
+        print(f"{name}: {len(choices)} choices, {len(written)} between a well and a badly written answer")
+        choices += 2 * written
     data = PreferenceData(users, policy.tokenizer, length=steps * examples, targets=1, seed=seed)
     work = Path(out).with_name(Path(out).name + "-run")
     arguments = NPDPOArguments(
