@@ -70,9 +70,7 @@ def make_policy(base: Any, rank: int, users: int) -> SteerablePolicy:
                 b.normal_(std=0.002)
         policy.modulator.weight.add_(1e-4 * torch.randn_like(policy.modulator.weight))
     policy.users.refresh()
-    policy.users.add_many(
-        {f"user{i}": [Choice(torch.randn(EMBEDDING), torch.randn(EMBEDDING))] for i in range(users)}
-    )
+    policy.users.add_many({f"user{i}": [Choice(torch.randn(EMBEDDING), torch.randn(EMBEDDING))] for i in range(users)})
     return policy
 
 
@@ -98,7 +96,7 @@ class Bench:
 
         def step() -> Tensor:
             output = forward(input_ids=token, past_key_values=cache, use_cache=True)
-            cache.crop(self.length)  # every step at the same length
+            cache.crop(-1)  # every step at the same length
             return output.logits[:, -1].argmax(-1)
 
         return step
@@ -323,11 +321,12 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=4.0, help="fewer steps, but 5, where a system's take longer")
     parser.add_argument("--prompt", type=int, default=32, help="tokens of context before the step")
     parser.add_argument("--stream", type=int, default=200, help="requests of the engine's stream; 0 leaves it out")
+    parser.add_argument("--cache-dir", type=Path, help="directory of the base model's dequantised copy")
     parser.add_argument("--json", type=Path, help="where to write the results, a list of objects")
     parser.add_argument("--plot", type=Path, help="where to draw them")
     args = parser.parse_args()
 
-    base, _ = load_base()
+    base, _ = load_base(args.cache_dir)
     about, results = machine(), []
     for rank in args.ranks:
         policy = make_policy(base, rank, max(100, *args.rows))

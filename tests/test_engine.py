@@ -15,6 +15,7 @@ from fssa_fast import BASE, PRIOR, BankFull, SteerablePolicy, UnknownUser
 from fssa_fast._native import load_native
 from fssa_fast.generation import Engine, EngineClosed, QueueFull
 from fssa_fast.generation.blocks import BlockPool, prefix_keys
+from fssa_fast.generation.sampling import _likeliest
 
 NAMES = ("a", "b", "c")
 native = pytest.mark.skipif(load_native()[0] is None, reason="bit-identical by the native steps only: not built")
@@ -115,7 +116,7 @@ def test_random_interleavings(seed):
             assert result.tokens == expected[: len(result.tokens)]
         else:
             assert result.tokens == expected
-    assert engine._pool.available == engine._cache.blocks - 2 and len(engine._rows) == engine.max_rows
+    assert engine._pool.available == engine._cache.blocks - 1 and len(engine._rows) == engine.max_rows
     assert not policy.bank._pins and len(policy.bank._free) == policy.bank.capacity - len(policy.users)
 
 
@@ -233,6 +234,18 @@ def test_users_and_ends():
         ({"max_new_tokens": 0}, ValueError, "max_new_tokens"),
         ({"stop": "text"}, ValueError, "stop"),
         ({"stop": [""]}, ValueError, "stop"),
+        ({"max_new_tokens": 2.5}, TypeError, "max_new_tokens: expected an integer"),
+        ({"seed": -1}, ValueError, "seed"),
+        ({"seed": 0.5}, ValueError, "seed"),
+        ({"top_k": 1.5}, ValueError, "top_k"),
+        ({"temperature": "hot"}, ValueError, "temperature"),
+        ({"temperature": float("nan")}, ValueError, "temperature"),
+        ({"timeout": float("nan")}, ValueError, "timeout"),
+        ({"timeout": "soon"}, ValueError, "timeout"),
+        ({"strength": "much"}, ValueError, "strength"),
+        ({"user": {"a": 3e38, PRIOR: 3e38}}, ValueError, "finite"),
+        ({"prompt": 7}, TypeError, "prompt"),
+        ({"prompt": [5, 6.5]}, TypeError, "prompt"),
     ],
 )
 def test_bad_requests_leave_nothing_behind(request_, error, message):
@@ -241,6 +254,65 @@ def test_bad_requests_leave_nothing_behind(request_, error, message):
     with pytest.raises(error, match=message):
         engine.submit(**{"prompt": [5, 6], "user": "a", **request_})
     assert not policy.bank._pins and not engine.step()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"max_rows": 0}, "max_rows"),
+        ({"max_tokens": -1}, "max_tokens"),
+        ({"step_tokens": 3}, "step_tokens: expected at least max_rows, 4, got 3"),
+        ({"max_length": 0}, "max_length: expected 1 to 256"),
+        ({"max_length": 257}, "max_length: expected 1 to 256"),
+        ({"max_tokens": 64, "max_length": 65}, "max_length: expected 1 to 64"),
+    ],
+)
+def test_bad_engines(options, message):
+    with pytest.raises(ValueError, match=message):
+        open_engine(make(), **options)
+
+
+def test_a_conversation_goes_on_from_what_was_computed():
+    policy = make()
+    engine = open_engine(policy)
+    engine._ends.clear()
+    first = prompt(3, 40)
+    answer = engine.run([{"prompt": first, "user": "a", "max_new_tokens": 60}])[0].tokens
+    then = [*first, *answer, *prompt(4, 5)]
+    handle = engine.submit(then, "a", max_new_tokens=2)
+    engine._admit()
+    assert engine._running[0].computed == 96  # whole blocks of prompt and answer
+    fresh = alone(policy, prompt=then, user="a", max_new_tokens=2)
+    assert handle.result().tokens == fresh[: len(handle.result().tokens)]
+
+
+def test_one_request_that_cannot_go_on_fails_alone():
+    policy = make()
+    engine = open_engine(policy)
+    bad = engine.submit(prompt(1), "a", max_new_tokens=6, temperature=1.0)
+    good = engine.submit(prompt(1), "a", max_new_tokens=6)
+    engine._waiting[0].sampler.draw = lambda logits: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        bad.result()
+    assert good.result().tokens == alone(policy, prompt=prompt(1), user="a", max_new_tokens=6)
+
+
+def test_a_thread_that_dies_leaves_nobody_waiting():
+    engine = open_engine(make(), background=True)
+    engine._plan = lambda: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        engine.submit(prompt(1), "a").result(60)
+    with pytest.raises(EngineClosed):
+        engine.submit(prompt(1), "a")
+
+
+@pytest.mark.parametrize("top_p", [0.1, 0.5, 0.9, 0.999])
+def test_top_p_keeps_what_a_full_sort_keeps(top_p):
+    probabilities = torch.randn(3000, generator=torch.Generator().manual_seed(1)).mul(2).softmax(-1)
+    kept, tokens = _likeliest(probabilities, top_p)
+    ordered, index = probabilities.sort(descending=True)
+    count = int((ordered.cumsum(0) - ordered < top_p).sum())
+    assert tokens.tolist() == index[:count].tolist() and torch.equal(kept, probabilities[tokens])
 
 
 def test_full_queue_and_run_beyond_it():

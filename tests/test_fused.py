@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from tiny import VOCABULARY, make_choices, make_ids, make_model, make_policy, shake
@@ -184,14 +187,41 @@ def test_rope_kinds_are_read_from_the_model():
     )
 
 
-def test_bad_steps():
-    policy = make_policy(capacity=2)
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+def test_windows_on_some_of_the_blocks(kind):
+    types = ["full_attention", "sliding_attention"]
+    model = make_model(kind, attn_implementation="eager", use_sliding_window=True, sliding_window=5, layer_types=types)
+    policy, ids = make_policy(model), make_ids(2, 40)
+    assert [block.attention.window for block in policy.fuse().blocks] == [0, 5]
+    torch.testing.assert_close(
+        fused_logits(policy, ids, [PRIOR, BASE], 33), attached_logits(policy, ids, [PRIOR, BASE]), atol=2e-4, rtol=1e-4
+    )
+
+
+def test_a_cache_is_let_go():
+    policy = make_policy()
     fused = policy.fuse()
+    engine = policy.engine(max_rows=2, max_tokens=64, background=False)
+    engine.run([{"prompt": [5, 6], "user": PRIOR, "max_new_tokens": 2}])
+    cache = weakref.ref(engine._cache)
+    engine.close()
+    del engine
+    gc.collect()
+    assert cache() is None and fused is policy.fused
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bad_steps(backend):
+    policy = make_policy(capacity=2)
+    with use_backend(backend):
+        fused = policy.fuse()
     with pytest.raises(ValueError, match="max_length: expected at most the 128 positions"):
         fused.new_cache(1, 129)
     cache = fused.new_cache(1, 32)
     cache.assign(0, [1])
     one = torch.zeros(1, dtype=torch.long)
-    for slot, sequence, position in ((9, 0, 0), (0, 3, 0), (0, 0, 32)):
+    for slot, sequence, position in ((9, 0, 0), (-1, 0, 0), (0, 3, 0), (0, -1, 0), (0, 0, 32), (0, 0, -1)):
         with pytest.raises(IndexError):
             fused.forward(one, one + slot, one + sequence, one + position, cache)
+    with pytest.raises(ValueError, match="slots: expected one for each of the 2 tokens"):
+        fused.forward(one.repeat(2), one, one.repeat(2), one.repeat(2), cache)

@@ -1,8 +1,9 @@
 """Decoding many users in one batch."""
 
-from fssa_fast.generation.engine import Engine, EngineClosed, Handle, QueueFull, Result
+from fssa_fast.generation.engine import Engine, EngineClosed, QueueFull
 from fssa_fast.generation.fused import CannotFuse, FusedModel
 from fssa_fast.generation.generate import generate, stream
+from fssa_fast.generation.requests import Handle, Result
 
 __all__ = [
     "CannotFuse",

@@ -10,17 +10,21 @@ from collections.abc import Sequence
 from fssa_fast.generation.cache import BLOCK
 
 
-def prefix_keys(root: bytes, tokens: Sequence[int]) -> list[bytes]:
-    """A key for every full block of a sequence: it stands for the root and all tokens up to the block's end."""
-    keys, key = [], root
-    for start in range(0, len(tokens) - BLOCK + 1, BLOCK):
-        key = hashlib.blake2b(key + array("q", tokens[start : start + BLOCK]).tobytes(), digest_size=16).digest()
-        keys.append(key)
+def prefix_keys(root: bytes, tokens: Sequence[int], known: Sequence[bytes] = ()) -> list[bytes]:
+    """A key for every full block of a sequence: it stands for the root and all tokens up to the block's end.
+
+    known: the keys of the first blocks, where they have been computed before.
+    """
+    keys = list(known)
+    for start in range(len(keys) * BLOCK, len(tokens) - BLOCK + 1, BLOCK):
+        before = keys[-1] if keys else root
+        block = array("q", tokens[start : start + BLOCK]).tobytes()
+        keys.append(hashlib.blake2b(before + block, digest_size=16).digest())
     return keys
 
 
 class BlockPool:
-    """Blocks 1 .. count - 1, each free, in use by some sequences, or kept for its prefix until the room is needed."""
+    """Blocks 1 .. count - 1 of a cache: free, in use by sequences, or kept for a prefix until the room is needed."""
 
     def __init__(self, count: int) -> None:
         self._free = list(range(count - 1, 0, -1))

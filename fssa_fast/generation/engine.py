@@ -14,28 +14,31 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import logging
 import math
-import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fssa_fast.generation.blocks import BlockPool, prefix_keys
 from fssa_fast.generation.cache import BLOCK
 from fssa_fast.generation.prompts import Message, prompt_ids
+from fssa_fast.generation.requests import Handle, Reason, Request, Result, first_stop
 from fssa_fast.generation.sampling import Sampler, Sampling
+from fssa_fast.nn.context import check_count
 from fssa_fast.steering.bank import BankFull
 
 if TYPE_CHECKING:
     from fssa_fast.steering.policy import SteerablePolicy
 
-Reason = Literal["end", "stop", "length", "cancelled", "deadline"]
+logger = logging.getLogger("fssa_fast")
+
 Prompt = str | Sequence[Message] | Sequence[int]
 User = str | Mapping[str, float]
 
@@ -46,109 +49,6 @@ class QueueFull(RuntimeError):
 
 class EngineClosed(RuntimeError):
     """The engine has been closed."""
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a request got. `text` is None for a policy without tokenizer; it ends before the stop string that was met.
-
-    reason: "end" (the model ended its answer), "stop" (a stop string), "length" (max_new_tokens), "cancelled",
-    "deadline"; for the last two, what there was until then.
-    """
-
-    tokens: list[int]
-    text: str | None
-    reason: Reason
-
-
-class Handle:
-    """A request under way. Its methods may be called from any thread."""
-
-    def __init__(self, engine: Engine, tokenizer: Any, stop: tuple[str, ...]) -> None:
-        self._engine, self._tokenizer, self._stop = engine, tokenizer, stop
-        self._pieces: queue.SimpleQueue[int | None] = queue.SimpleQueue()
-        self._finished = threading.Event()
-        self._cancelled = False
-        self._result: Result | None = None
-        self._error: BaseException | None = None
-
-    @property
-    def done(self) -> bool:
-        """Whether the request has ended, in whatever way."""
-        return self._finished.is_set()
-
-    def cancel(self) -> None:
-        """Ends the request at the next step; no effect on one that has ended."""
-        self._cancelled = True
-        self._engine._awake()
-
-    def result(self, timeout: float | None = None) -> Result:
-        """Waits for the end. Raises what the request failed of; TimeoutError."""
-        if not self._finished.is_set() and not self._engine.background:
-            self._engine._drive(self._finished, timeout)
-        if not self._finished.wait(timeout):
-            raise TimeoutError(f"request: not finished within {timeout} s")
-        if self._error is not None:
-            raise self._error
-        assert self._result is not None
-        return self._result
-
-    def __iter__(self) -> Iterator[int]:
-        """The tokens as they come; once. Raises what the request failed of."""
-        while True:
-            while not self._engine.background and self._pieces.empty() and not self.done:
-                self._engine.step()
-            token = self._pieces.get()
-            if token is None:
-                break
-            yield token
-        self.result()
-
-    def text(self) -> Iterator[str]:
-        """The text as it comes, in pieces of whole characters; once."""
-        if self._tokenizer is None:
-            raise ValueError("text: expected a policy with a tokenizer; this one was made without")
-        tokens: list[int] = []
-        given = 0
-        held = max((len(stop) for stop in self._stop), default=1) - 1  # perhaps the beginning of a stop string
-        for token in self:
-            tokens.append(token)
-            text = self._tokenizer.decode(tokens, skip_special_tokens=True)
-            end = len(text) - held
-            if end > given and not text.endswith("\ufffd"):
-                at = _first_stop(text, self._stop)
-                piece = text[given : end if at is None else min(end, at)]
-                given += len(piece)
-                if piece:
-                    yield piece
-        rest = (self.result().text or "")[given:]
-        if rest:
-            yield rest
-
-
-@dataclass
-class _Request:
-    """A request as the engine sees it."""
-
-    handle: Handle
-    tokens: list[int]  # prompt and answer
-    prompt_length: int
-    limit: int  # of tokens in all
-    slot: int
-    root: bytes  # what the keys of its prefixes begin with
-    sampler: Sampler
-    stop: tuple[str, ...]
-    deadline: float
-    held: ExitStack  # the pin of the user's row, or the temporary one
-    order: int
-    blocks: list[int] = field(default_factory=list)
-    keys: list[bytes] = field(default_factory=list)
-    computed: int = 0  # tokens whose keys and values are in the cache
-    row: int = -1
-
-    @property
-    def answer(self) -> list[int]:
-        return self.tokens[self.prompt_length :]
 
 
 class Engine:
@@ -165,6 +65,7 @@ class Engine:
             them in the thread that calls `step`, `run`, or waits for a result.
 
     Submitting, cancelling and waiting are safe from any thread. `close`, or leaving a `with` block, ends the thread.
+    Raises: CannotFuse; TypeError, ValueError for a number that is none or out of range.
     """
 
     def __init__(
@@ -178,29 +79,35 @@ class Engine:
         step_tokens: int = 256,
         background: bool = True,
     ) -> None:
-        for name, value in (("max_rows", max_rows), ("max_tokens", max_tokens), ("step_tokens", step_tokens)):
-            if value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
+        numbers = {"max_rows": max_rows, "max_tokens": max_tokens, "max_waiting": max_waiting}
+        for name, value in {**numbers, "step_tokens": step_tokens}.items():
+            check_count(name, value)
         if step_tokens < max_rows:
             raise ValueError(f"step_tokens: expected at least max_rows, {max_rows}, got {step_tokens}")
         fused = policy.fused or policy.fuse()
         blocks = -(-max_tokens // BLOCK)
-        self.max_length = min(fused.max_positions, blocks * BLOCK) if max_length is None else max_length
+        room = min(fused.max_positions, blocks * BLOCK)
+        self.max_length = room if max_length is None else max_length
+        if not 0 < self.max_length <= room:
+            raise ValueError(
+                f"max_length: expected 1 to {room}, as the model's positions and max_tokens allow, got {max_length}"
+            )
         self.max_rows, self.max_waiting, self.step_tokens = max_rows, max_waiting, step_tokens
         self.background = background
+        self.preempted = 0  # how often a request was put back for want of memory
         self._policy, self._fused = policy, fused
-        self._cache = fused.new_cache(max_rows, self.max_length, blocks + 1)
-        self._pool = BlockPool(blocks + 1)
+        self._cache = fused.new_cache(max_rows, self.max_length, blocks)
+        self._pool = BlockPool(self._cache.blocks)
         self._ends = _end_tokens(policy)
-        self._waiting: deque[_Request] = deque()
-        self._running: list[_Request] = []
+        self._waiting: deque[Request] = deque()
+        self._running: list[Request] = []
         self._rows = list(range(max_rows - 1, -1, -1))
         self._orders = itertools.count()
-        self._state = threading.Condition()  # guards waiting, closed, the thread
+        self._state = threading.Condition()  # guards waiting, open, closed and the thread
+        self._open = 0  # requests that have not ended
         self._stepping = threading.Lock()
         self._thread: threading.Thread | None = None
         self._closed = False
-        self.preempted = 0
 
     # ------------------------------------------------------------ requests
 
@@ -224,34 +131,32 @@ class Engine:
             prompt: a text as it is, a chat, or token ids.
             user: a name, BASE, PRIOR, or a blend: names with weights. The row is kept as it is now until the request
                 ends, whatever happens to the users meanwhile.
+            temperature: 0 takes the likeliest token. top_p, top_k: 1 and 0 keep all tokens. seed: None draws one.
             stop: texts, the first of which to appear in the answer ends it.
             strength: how strongly the user steers; 0 is the base model.
             timeout: seconds from now, after which the request ends with what there is.
 
         Raises: UnknownUser; QueueFull; EngineClosed; BankFull where a blend or a strength finds no free row;
-            ValueError for an empty prompt, one that does not fit with its answer, or a number out of range.
+            TypeError, ValueError for an empty prompt, one that does not fit with its answer, a number out of range.
         """
         if isinstance(stop, str) or not all(isinstance(text, str) and text for text in stop):
             raise ValueError(f"stop: expected a list of texts, none of them empty, got {stop!r}")
         if stop and self._policy.tokenizer is None:
             raise ValueError("stop: expected none, since this policy has no tokenizer")
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
-        if timeout is not None and math.isnan(timeout):
-            raise ValueError("timeout: expected a number of seconds, got NaN")
+        check_count("max_new_tokens", max_new_tokens)
+        if timeout is not None and (not isinstance(timeout, Real) or math.isnan(timeout)):
+            raise ValueError(f"timeout: expected a number of seconds, got {timeout!r}")
         sampler = Sampler(Sampling(temperature, top_p, top_k, seed))
         tokens = self._tokens(prompt)
-        room = min(self.max_length, (self._cache.blocks - 2) * BLOCK)
-        if len(tokens) + max_new_tokens > room:
+        if len(tokens) + max_new_tokens > self.max_length:
             raise ValueError(
-                f"prompt: expected at most {room} tokens with the answer, "
+                f"prompt: expected at most {self.max_length} tokens with the answer, "
                 f"got {len(tokens)} and max_new_tokens={max_new_tokens}"
             )
         handle = Handle(self, self._policy.tokenizer, tuple(stop))
-        held = ExitStack()
-        with held:
+        with ExitStack() as held:
             slot, root = self._hold(held, user, strength)
-            request = _Request(
+            request = Request(
                 handle=handle,
                 tokens=tokens,
                 prompt_length=len(tokens),
@@ -269,37 +174,50 @@ class Engine:
                     raise EngineClosed("engine: expected one that is open, got one that has been closed")
                 if len(self._waiting) >= self.max_waiting:
                     raise QueueFull(f"engine: expected at most {self.max_waiting} waiting requests; try again later")
-                request.held = held.pop_all()
-                self._waiting.append(request)
                 if self.background and self._thread is None:
                     self._thread = threading.Thread(target=self._loop, daemon=True, name="fssa-engine")
                     self._thread.start()
+                request.held = held.pop_all()
+                self._waiting.append(request)
+                self._open += 1
                 self._state.notify_all()
         return handle
 
     def run(self, requests: Sequence[Mapping[str, Any]]) -> list[Result]:
-        """Serves all of these, each the arguments of `submit`, and returns their results in order."""
+        """Serves all of these, each the arguments of `submit`, and returns their results in order.
+
+        More of them than may wait are submitted as others end. Raises what `submit` raises, or what a request failed
+        of; the others are cancelled then.
+        """
         handles: list[Handle] = []
-        for request in requests:
-            while True:
-                try:
-                    handles.append(self.submit(**request))
-                    break
-                except (QueueFull, BankFull):  # what ends makes room
-                    oldest = next((handle for handle in handles if not handle.done), None)
-                    if oldest is None:
-                        raise
-                    if not self.background:
-                        self._drive(oldest._finished, None)
-                    oldest._finished.wait()
-                except BaseException:
-                    for handle in handles:
-                        handle.cancel()
-                    raise
-        return [handle.result() for handle in handles]
+        try:
+            for request in requests:
+                while True:
+                    try:
+                        handles.append(self.submit(**request))
+                        break
+                    except (QueueFull, BankFull):
+                        if not self._proceed():
+                            raise
+            return [handle.result() for handle in handles]
+        except BaseException:
+            for handle in handles:
+                handle.cancel()
+            raise
+
+    def _proceed(self) -> bool:
+        """Takes or awaits a step, so that requests end and make room; False where none is under way."""
+        with self._state:
+            if not self._open:
+                return False
+            if self.background:
+                self._state.wait(0.1)
+                return True
+        self.step()
+        return True
 
     def close(self) -> None:
-        """Cancels what waits and runs, and ends the thread."""
+        """Cancels what waits and runs, ends the thread, and lets the cache go."""
         with self._state:
             self._closed = True
             self._state.notify_all()
@@ -310,6 +228,7 @@ class Engine:
             for request in [*self._running, *self._waiting]:
                 self._finish(request, "cancelled")
             self._waiting.clear()
+            self._fused.forget(self._cache)
 
     def __enter__(self) -> Engine:
         return self
@@ -329,60 +248,68 @@ class Engine:
             batch = self._plan()
             try:
                 self._forward(batch)
-            except Exception as error:  # the requests of this step fail; those that wait go on
+            except Exception as error:  # the requests of this step fail; the others go on
                 for request, _ in batch:
                     if request in self._running:
                         self._fail(request, error)
             return True
 
-    def _loop(self) -> None:
-        while True:
-            with self._state:
-                while not self._closed and not self._waiting and not self._running:
-                    self._state.wait()
-                if self._closed:
-                    return
-            self.step()
-
-    def _drive(self, until: threading.Event, timeout: float | None) -> None:
+    def drive(self, until: threading.Event, timeout: float | None) -> None:
+        """Takes steps until the event is set, the time is over, or there is nothing to do."""
         end = math.inf if timeout is None else time.monotonic() + timeout
         while not until.is_set() and time.monotonic() < end and self.step():
             pass
 
-    def _awake(self) -> None:
-        with self._state:
-            self._state.notify_all()
+    def _loop(self) -> None:
+        try:
+            while True:
+                with self._state:
+                    while not self._closed and not self._open:
+                        self._state.wait()
+                    if self._closed:
+                        return
+                self.step()
+        except BaseException as error:  # nobody waits for what will never come
+            with self._state:
+                self._closed = True
+                requests = [*self._running, *self._waiting]
+                self._waiting.clear()
+            for request in requests:
+                self._fail(request, error)
+            logger.exception("the engine's thread has ended")
 
     def _drop(self) -> None:
+        """Ends what was cancelled or has run out of time."""
         now = time.monotonic()
+
+        def gone(request: Request) -> bool:
+            return request.handle._cancelled or request.deadline <= now
+
         with self._state:
-            waiting, self._waiting = list(self._waiting), deque()
-            gone = [r for r in [*waiting, *self._running] if r.handle._cancelled or r.deadline <= now]
-            self._waiting.extend(request for request in waiting if request not in gone)
-        for request in gone:
+            ended = [request for request in [*self._waiting, *self._running] if gone(request)]
+            if ended:
+                self._waiting = deque(request for request in self._waiting if request not in ended)
+        for request in ended:
             self._finish(request, "cancelled" if request.handle._cancelled else "deadline")
 
     def _admit(self) -> None:
-        while self._rows:
-            with self._state:
-                if not self._waiting:
-                    return
-                request = self._waiting[0]
+        """Lets waiting requests join, the first to come first, as long as there are rows and blocks for them."""
+        while self._rows and self._waiting:
+            request = self._waiting[0]
+            request.keys = prefix_keys(request.root, request.tokens, request.keys)
             # One token at least is computed, for its logits.
-            keys = prefix_keys(request.root, request.tokens)
-            found = self._pool.find(keys[: (len(request.tokens) - 1) // BLOCK])
+            found = self._pool.find(request.keys[: (len(request.tokens) - 1) // BLOCK])
             if -(-(len(request.tokens) + 1) // BLOCK) - len(found) > self._pool.available:
                 self._pool.give_back(found)
                 return
             with self._state:
                 self._waiting.popleft()
-            request.row, request.blocks, request.keys = self._rows.pop(), found, keys
-            request.computed = len(found) * BLOCK
+            request.row, request.blocks, request.computed = self._rows.pop(), found, len(found) * BLOCK
             self._running.append(request)
 
-    def _plan(self) -> list[tuple[_Request, int]]:
+    def _plan(self) -> list[tuple[Request, int]]:
         """Whom this step serves, and with how many tokens; with the blocks that they need."""
-        batch: list[tuple[_Request, int]] = []
+        batch: list[tuple[Request, int]] = []
         left = self.step_tokens
         # Those that decode first: they have one token each, and there is room for all of them.
         for request in sorted(self._running, key=lambda r: (len(r.tokens) - r.computed > 1, r.order)):
@@ -394,8 +321,8 @@ class Engine:
                 left -= count
         return [(request, count) for request, count in batch if request in self._running]
 
-    def _extend(self, request: _Request, blocks: int) -> bool:
-        """Gives a request as many blocks, putting back the youngest of the others until there are; False: itself."""
+    def _extend(self, request: Request, blocks: int) -> bool:
+        """Gives a request as many blocks, putting back the youngest of all until there are; False: itself."""
         while blocks - len(request.blocks) > self._pool.available:
             youngest = max(self._running, key=lambda r: r.order)
             self._leave(youngest)
@@ -410,7 +337,8 @@ class Engine:
             self._cache.assign(request.row, request.blocks)
         return True
 
-    def _forward(self, batch: list[tuple[_Request, int]]) -> None:
+    def _forward(self, batch: list[tuple[Request, int]]) -> None:
+        """Computes the batch's tokens, and the next one of every request that has no more to compute."""
         if not batch:
             return
         ids: list[int] = []
@@ -435,38 +363,45 @@ class Engine:
             tensor(last, torch.long),
         )  # fmt: skip
         for request, count in batch:
-            known = request.computed // BLOCK
-            request.computed += count
-            for index in range(known, min(request.computed // BLOCK, len(request.keys))):
-                self._pool.learn(request.blocks[index], request.keys[index])
+            self._computed(request, count)
         if asked:
             highest, likeliest = (values.tolist() for values in logits.max(-1))
             for index, request in enumerate(asked):
-                if not math.isfinite(highest[index]):
-                    self._fail(request, FloatingPointError("model: expected finite logits, got NaN or infinity"))
-                elif request.sampler.sampling.temperature == 0:
-                    self._advance(request, likeliest[index])
-                else:
-                    self._advance(request, request.sampler.draw(logits[index].cpu()))
+                try:
+                    if not math.isfinite(highest[index]):
+                        raise FloatingPointError("model: expected finite logits, got NaN or infinity")
+                    greedy = request.sampler.sampling.temperature == 0
+                    self._advance(request, likeliest[index] if greedy else request.sampler.draw(logits[index].cpu()))
+                except Exception as error:
+                    self._fail(request, error)
 
-    def _advance(self, request: _Request, token: int) -> None:
+    def _computed(self, request: Request, count: int) -> None:
+        """Makes the blocks known that these tokens have filled."""
+        first = request.computed // BLOCK
+        request.computed += count
+        if request.computed // BLOCK > first:
+            request.keys = prefix_keys(request.root, request.tokens, request.keys)
+        for index in range(first, request.computed // BLOCK):
+            self._pool.learn(request.blocks[index], request.keys[index])
+
+    def _advance(self, request: Request, token: int) -> None:
         request.tokens.append(token)
         request.handle._pieces.put(token)
         if token in self._ends:
             self._finish(request, "end")
-        elif request.stop and _first_stop(self._tail(request), request.stop) is not None:
+        elif request.stop and first_stop(self._tail(request), request.stop) is not None:
             self._finish(request, "stop")
         elif len(request.tokens) == request.limit:
             self._finish(request, "length")
 
-    def _tail(self, request: _Request) -> str:
+    def _tail(self, request: Request) -> str:
         # A token is at least a byte and a character at most four: a stop string lies within so many last tokens.
         longest = 4 * max(map(len, request.stop)) + 8
         return self._policy.tokenizer.decode(request.answer[-longest:], skip_special_tokens=True)
 
     # ------------------------------------------------------------ ends
 
-    def _leave(self, request: _Request) -> None:
+    def _leave(self, request: Request) -> None:
         """Takes a running request's row and blocks."""
         self._running.remove(request)
         self._pool.give_back(request.blocks)
@@ -474,35 +409,40 @@ class Engine:
         self._rows.append(request.row)
         request.blocks, request.computed, request.row = [], 0, -1
 
-    def _finish(self, request: _Request, reason: Reason) -> None:
+    def _finish(self, request: Request, reason: Reason) -> None:
         answer = request.answer
         text = None
         if self._policy.tokenizer is not None:
             text = self._policy.tokenizer.decode(answer, skip_special_tokens=True)
-            at = _first_stop(text, request.stop)
+            at = first_stop(text, request.stop)
             text = text if at is None else text[:at]
         request.handle._result = Result(answer, text, reason)
         self._end(request)
 
-    def _fail(self, request: _Request, error: BaseException) -> None:
+    def _fail(self, request: Request, error: BaseException) -> None:
         request.handle._error = error
         self._end(request)
 
-    def _end(self, request: _Request) -> None:
+    def _end(self, request: Request) -> None:
         if request in self._running:
             self._leave(request)
         request.held.close()
         request.handle._finished.set()
         request.handle._pieces.put(None)
+        with self._state:
+            self._open -= 1
+            self._state.notify_all()
 
     # ------------------------------------------------------------ what a request stands on
 
     def _tokens(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, str) or not all(isinstance(token, int) for token in prompt):
+        if not isinstance(prompt, Sequence):
+            raise TypeError(f"prompt: expected a text, a chat or a list of token ids, got {prompt!r:.80}")
+        if isinstance(prompt, str) or not all(isinstance(token, Integral) for token in prompt):
             if self._policy.tokenizer is None:
                 raise ValueError("prompt: expected token ids, since this policy has no tokenizer; got a text or a chat")
             return prompt_ids(self._policy.tokenizer, prompt)  # type: ignore[arg-type]
-        tokens = [token for token in prompt if isinstance(token, int)]
+        tokens = [int(token) for token in prompt if isinstance(token, Integral)]
         if not tokens:
             raise ValueError("prompt: expected at least one token, got an empty prompt")
         bad = [token for token in tokens if not 0 <= token < self._fused.vocabulary]
@@ -516,26 +456,19 @@ class Engine:
         weights = {user: 1.0} if isinstance(user, str) else dict(user)
         if not weights:
             raise ValueError("user: expected at least one name, got none")
-        if not all(math.isfinite(number) for number in (strength, *weights.values())):
-            raise ValueError("user, strength: expected finite numbers, got NaN or infinity")
+        for name, value in {"strength": strength, **weights}.items():
+            if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+                raise ValueError(f"user, strength: expected finite numbers, got {value!r} for {name!r}")
         if isinstance(user, str) and strength == 1.0:
             slot = int(held.enter_context(users.slots([user]))[0])
         else:
-            with users.slots(list(weights)) as slots:
-                row = torch.zeros_like(bank.rows[0])
-                for weight, one in zip(weights.values(), slots.tolist(), strict=True):
-                    row += strength * weight * bank.rows[one]
+            row = users.blend({name: strength * weight for name, weight in weights.items()})
             with bank.take() as (slot,):
                 bank.rows[slot] = row
             held.callback(bank.release, slot)
         row = bank.rows[slot].detach().cpu().contiguous()
         name = repr((sorted(weights.items()), strength)).encode()
         return slot, hashlib.blake2b(name + b"\0" + row.view(torch.uint8).numpy().tobytes(), digest_size=16).digest()
-
-
-def _first_stop(text: str, stop: Sequence[str]) -> int | None:
-    found = [at for at in (text.find(one) for one in stop) if at >= 0]
-    return min(found, default=None)
 
 
 def _end_tokens(policy: SteerablePolicy) -> set[int]:

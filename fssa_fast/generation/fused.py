@@ -146,12 +146,22 @@ class FusedModel:
             logits_of: indices [m] of the tokens whose logits are wanted; None: all.
 
         Returns: logits [m, V], in memory that the next call writes again.
-        Raises: IndexError for a slot, a sequence or a position that is out of range.
+        Raises: ValueError for arguments of different lengths; IndexError for a slot, a sequence or a position that is
+            out of range.
         """
         n = len(ids)
+        for name, values in (("slots", slots), ("sequences", sequences), ("positions", positions)):
+            if values.shape != ids.shape:
+                raise ValueError(f"{name}: expected one for each of the {n} tokens, got shape {list(values.shape)}")
+            if values.device.type == "cpu" and n and int(values.min()) < 0:
+                raise IndexError(f"{name}: expected numbers of at least 0, got {int(values.min())}")
         if n > self._workspace.size:
-            self._workspace = _Workspace(self, n)
+            self._workspace = _Workspace(self, max(n, 2 * self._workspace.size))
         return self._workspace.run(ids, slots, sequences, positions, cache, logits_of)
+
+    def forget(self, cache: BlockCache) -> None:
+        """Lets go what is kept for the steps on a cache that will not be used again, and so the cache itself."""
+        self._workspace.forget(cache)
 
     # ------------------------------------------------------------ making
 
@@ -174,7 +184,7 @@ class FusedModel:
     def _attention(self, attn: Any) -> AttentionSettings:
         width = attn.head_dim
         # Mistral keeps its window in the configuration, for all blocks.
-        window = (self.config if self.config.model_type == "mistral" else attn).__dict__.get("sliding_window")
+        window = getattr(self.config if self.config.model_type == "mistral" else attn, "sliding_window", None)
         cos, sin = self._rope(getattr(attn, "layer_type", None))
         if cos.shape[1] != width:
             raise CannotFuse(f"model: expected rotary positions on all {width} columns, got {cos.shape[1]}")
@@ -293,6 +303,10 @@ class _Workspace:
         logits = self.logits[: len(normed)]
         fused.ops.linear(normed, fused.head, fused.head_bias, logits)()
         return logits if fused.softcap is None else fused.softcap * torch.tanh(logits / fused.softcap)
+
+    def forget(self, cache: BlockCache) -> None:
+        """Drops the steps on a cache."""
+        self._plans = {key: plan for key, plan in self._plans.items() if plan[1] is not cache}
 
     def _steps(self, n: int, cache: BlockCache, rows: Tensor) -> Iterator[Step]:
         fused, ops = self.fused, self.fused.ops

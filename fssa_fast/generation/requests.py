@@ -1,0 +1,126 @@
+"""Requests to the engine: what one gets, the handle it is followed by, and what the engine keeps of it."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from fssa_fast.generation.sampling import Sampler
+
+if TYPE_CHECKING:
+    from fssa_fast.generation.engine import Engine
+
+Reason = Literal["end", "stop", "length", "cancelled", "deadline"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a request got. `text` is None for a policy without tokenizer; it ends before the stop string that was met.
+
+    reason: "end" (the model ended its answer), "stop" (a stop string), "length" (max_new_tokens), "cancelled",
+    "deadline"; for the last two, what there was until then.
+    """
+
+    tokens: list[int]
+    text: str | None
+    reason: Reason
+
+
+class Handle:
+    """A request under way. Its methods may be called from any thread."""
+
+    def __init__(self, engine: Engine, tokenizer: Any, stop: tuple[str, ...]) -> None:
+        self._engine, self._tokenizer, self._stop = engine, tokenizer, stop
+        self._pieces: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self._finished = threading.Event()
+        self._cancelled = False
+        self._result: Result | None = None
+        self._error: BaseException | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether the request has ended, in whatever way."""
+        return self._finished.is_set()
+
+    def cancel(self) -> None:
+        """Ends the request at the next step; no effect on one that has ended."""
+        self._cancelled = True
+
+    def result(self, timeout: float | None = None) -> Result:
+        """Waits for the end, at most `timeout` seconds. Raises what the request failed of; TimeoutError."""
+        if not self.done and not self._engine.background:
+            self._engine.drive(self._finished, timeout)
+        if not self._finished.wait(timeout):
+            raise TimeoutError(f"request: not finished within {timeout} s")
+        if self._error is not None:
+            raise self._error
+        assert self._result is not None
+        return self._result
+
+    def __iter__(self) -> Iterator[int]:
+        """The tokens as they come; once. Raises what the request failed of."""
+        while True:
+            while not self._engine.background and self._pieces.empty() and not self.done:
+                self._engine.step()
+            token = self._pieces.get()
+            if token is None:
+                break
+            yield token
+        self.result()
+
+    def text(self) -> Iterator[str]:
+        """The text as it comes, in pieces of whole characters; once. Raises what the request failed of."""
+        if self._tokenizer is None:
+            raise ValueError("text: expected a policy with a tokenizer; this one was made without")
+        tokens: list[int] = []
+        given = 0
+        held = max((len(stop) for stop in self._stop), default=1) - 1  # perhaps the beginning of a stop string
+        for token in self:
+            tokens.append(token)
+            text = self._tokenizer.decode(tokens, skip_special_tokens=True)
+            end = len(text) - held
+            if end > given and not text.endswith("\ufffd"):
+                at = first_stop(text, self._stop)
+                piece = text[given : end if at is None else min(end, at)]
+                given += len(piece)
+                if piece:
+                    yield piece
+        rest = (self.result().text or "")[given:]
+        if rest:
+            yield rest
+
+
+@dataclass(eq=False)
+class Request:
+    """A request as the engine sees it: what was asked for, and, while it runs, its row and blocks of the cache."""
+
+    handle: Handle
+    tokens: list[int]  # prompt and answer
+    prompt_length: int
+    limit: int  # of tokens in all
+    slot: int
+    root: bytes  # what the keys of its prefixes begin with
+    sampler: Sampler
+    stop: tuple[str, ...]
+    deadline: float
+    held: ExitStack  # what keeps the user's row as it is
+    order: int
+    row: int = -1
+    blocks: list[int] = field(default_factory=list)
+    keys: list[bytes] = field(default_factory=list)
+    computed: int = 0  # tokens whose keys and values are in the cache
+
+    @property
+    def answer(self) -> list[int]:
+        """The tokens after the prompt."""
+        return self.tokens[self.prompt_length :]
+
+
+def first_stop(text: str, stop: Sequence[str]) -> int | None:
+    """Where the first of the stop strings begins."""
+    found = [at for at in (text.find(one) for one in stop) if at >= 0]
+    return min(found, default=None)
