@@ -1,6 +1,7 @@
 """Measures the demo adapter: attributes and fluency of what users get, on topics never trained on.
 
-``python -m examples.demo.evaluate ADAPTER samples.jsonl OUT`` writes OUT.json, OUT.md (two tables) and OUT.png.
+``python -m examples.demo.evaluate ADAPTER samples.jsonl OUT`` writes OUT.json (the figures), OUT.md (two tables),
+OUT.png and OUT.jsonl (the answers).
 
 A person is one kind of user and a few choices between sampled answers on test topics; the prompts answered are on
 other test topics. Everyone's answers, the base's too, are sampled alike (temperature 0.7, nucleus 0.95, at most 192
@@ -257,7 +258,11 @@ def main() -> None:
     )
     result = evaluate(policy, options.samples, repeats=options.repeats, batch=options.batch, seed=options.seed)
     out = Path(options.out)
-    out.with_suffix(".json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    answers = result.pop("answers")
+    out.with_suffix(".jsonl").write_text(
+        "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers), encoding="utf-8"
+    )
+    out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     out.with_suffix(".md").write_text(tables(result), encoding="utf-8")
     plot(result, out.with_suffix(".png"))
     print(tables(result))
