@@ -17,7 +17,7 @@ import torch
 from fssa_fast import TextEmbedder
 from fssa_fast.training import Preference
 
-from .criteria import AXES, KINDS, Axis, distinct_2, preference, words
+from .criteria import AXES, KINDS, Axis, distinct_2, foreign_share, preference, words
 from .prompts import Split
 from .sample import read_samples
 
@@ -93,8 +93,12 @@ def pairs_of(
 
 
 def _good(record: Mapping[str, Any]) -> bool:
-    """Whether an answer may be preferred: it does not repeat itself and, where that is known, is likely enough."""
-    return distinct_2(record["response"]) >= FRESH and record.get("log_likelihood", 0.0) >= FLUENT
+    """Whether an answer may be preferred: no repetition, no emoji and, where that is known, likely enough."""
+    return (
+        distinct_2(record["response"]) >= FRESH
+        and foreign_share(record["prompt"], record["response"]) == 0
+        and record.get("log_likelihood", 0.0) >= FLUENT
+    )
 
 
 def better_pairs(
@@ -123,6 +127,7 @@ def better_pairs(
             and (
                 distinct_2(record["response"]) >= distinct_2(bad["response"]) + CLEARLY_FRESHER
                 or bad["log_likelihood"] < FLUENT
+                or foreign_share(bad["prompt"], bad["response"]) > 0
             )
         ]
         for record in draw.sample(alike, min(each, len(alike))):
