@@ -467,8 +467,8 @@ class Engine:
                 bank.rows[slot] = row
             held.callback(bank.release, slot)
         row = bank.rows[slot].detach().cpu().contiguous()
-        name = repr((sorted(weights.items()), strength)).encode()
-        return slot, hashlib.blake2b(name + b"\0" + row.view(torch.uint8).numpy().tobytes(), digest_size=16).digest()
+        known_by = repr((sorted(weights.items()), strength)).encode() + b"\0" + row.view(torch.uint8).numpy().tobytes()
+        return slot, hashlib.blake2b(known_by, digest_size=16).digest()
 
 
 def _end_tokens(policy: SteerablePolicy) -> set[int]:

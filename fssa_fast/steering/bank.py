@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -33,6 +33,7 @@ class Bank:
         self._pins: dict[int, int] = {}
         self._released: set[int] = set()
         self._lock = threading.Lock()
+        self.evict: Callable[[], bool] | None = None  # releases a slot that is not needed now; False: there is none
 
     @property
     def modulations(self) -> Tensor:
@@ -47,6 +48,8 @@ class Bank:
     @contextmanager
     def take(self, count: int = 1) -> Iterator[list[int]]:
         """Reserves slots, and gives them back where the block raises. Raises BankFull where fewer are free."""
+        while self.evict is not None and len(self._free) < count <= self.capacity and self.evict():
+            pass
         with self._lock:
             if len(self._free) < count:
                 used = self.capacity - len(self._free)

@@ -21,6 +21,8 @@ from fssa_fast.steering.bank import Bank
 from fssa_fast.steering.config import SteeringConfig
 from fssa_fast.steering.embedder import TextEmbedder
 from fssa_fast.steering.sites import plan_sites
+from fssa_fast.steering.store import SqliteStore, UserStore
+from fssa_fast.steering.stored_users import StoredUsers
 from fssa_fast.steering.users import Users
 
 
@@ -68,7 +70,7 @@ class SteerablePolicy(nn.Module):
             std=modulation_std * layout.adapter_columns(),
         ).to(**kind)
         self.bank = Bank(layout, capacity, model.dtype, parameter.device)
-        self.users = Users(self)
+        self.users: Users = Users(self)
         self.users.refresh()
         base = list(model.parameters())
         self.attachment = attach(model, layout)  # the first step that changes the model, and the last that may raise
@@ -122,6 +124,17 @@ class SteerablePolicy(nn.Module):
         """Takes the steering off the base model and returns it as it was, but frozen."""
         self.attachment.remove()
         return self.model
+
+    def use_store(self, store: UserStore | str | os.PathLike[str], **options: Any) -> StoredUsers:
+        """Keeps the users in a store from now on, a SQLite file by its path; see `fssa_fast.steering.StoredUsers`.
+
+        Raises ValueError where users have been added already; StoreError.
+        """
+        if len(self.users):
+            raise ValueError(f"store: expected a policy without users, got one with {len(self.users)}")
+        at_rest = SqliteStore(store) if isinstance(store, (str, os.PathLike)) else store
+        self.users = users = StoredUsers(self, at_rest, **options)
+        return users
 
     # ------------------------------------------------------------ steering
 

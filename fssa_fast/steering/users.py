@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Protocol
@@ -169,14 +169,13 @@ class Users:
         """The slots [B] of a batch's users, their rows kept as they are for the block."""
         if isinstance(names, str) or not all(isinstance(name, str) for name in names):
             raise TypeError(f"users: expected a list of names, one a row, got {names!r}")
-        with self._lock:
-            slots = [self.slot(name) for name in names]
-            pin = self._policy.bank.pin(slots)
-            pin.__enter__()
-        try:
+        with ExitStack() as pins:
+            with self._lock:
+                slots: list[int] = []
+                for name in names:  # pinned one by one: to fetch the next may evict those that are not
+                    slots.append(self.slot(name))
+                    pins.enter_context(self._policy.bank.pin(slots[-1:]))
             yield torch.tensor(slots, dtype=torch.int32, device=self._policy.bank.rows.device)
-        finally:
-            pin.__exit__(None, None, None)
 
     def refresh(self) -> None:
         """Writes the prior's row and every user's again, after the encoder or the modulator has changed.
