@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from fssa_fast.commands import data, train
+from fssa_fast.commands.ask import ask
 from fssa_fast.commands.evaluate import compare, evaluate
 from fssa_fast.commands.plot import plot
 from fssa_fast.commands.reproduce import reproduce
@@ -61,7 +62,7 @@ def import_reference(
 app.add_typer(train.app, name="train")
 app.add_typer(data.app, name="data")
 app.command("eval")(evaluate)
-for command in (compare, plot, reproduce):
+for command in (ask, compare, plot, reproduce):
     app.command()(command)
 
 

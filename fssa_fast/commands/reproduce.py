@@ -36,7 +36,7 @@ def reproduce(
     elif name == "step-cost":
         from fssa_fast.reproduce.step_cost import reproduce as measure
 
-        found = measure(**({} if steps is None else {"steps": steps}))
+        found = measure(steps=steps or 5)
     elif name == "policy":
         from fssa_fast.reproduce.policy import reproduce as run_policy
 

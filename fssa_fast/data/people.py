@@ -107,7 +107,8 @@ def stated_choice(directory: Directory, panel: str, *, seed: int = 0) -> Parts:
             raise ValueError(f"{path}: user {user}, situation {situation}: expected one choice, got {len(best)}")
         choices.setdefault(user, []).extend((best[0], i) for i, chosen in own if not chosen)
     values = torch.tensor(features)
-    values = (values - values.mean(0)) / values.std(0)
+    spread = values.std(0)
+    values = (values - values.mean(0)) / torch.where(spread > 0, spread, 1.0)
     data = ChoiceData(
         values, np.array(groups), tuple(choices), tuple(np.array(own, dtype=np.int64) for own in choices.values())
     )

@@ -12,7 +12,7 @@ import gc
 import multiprocessing
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -165,7 +165,7 @@ class OurStep:
         return float(loss)
 
 
-MAKE = {
+MAKE: dict[str, Callable[[Any], Callable[[dict[str, Any]], float]]] = {
     "the reference's way": ReferenceStep,
     "ours, first time over the data": lambda base: OurStep(base, cached=False),
     "ours, later times": lambda base: OurStep(base, cached=True),
