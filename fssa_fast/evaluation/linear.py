@@ -38,8 +38,10 @@ class HierarchicalLogit:
         width = differences.shape[-1]
         self.mean = torch.zeros(width, dtype=torch.float64)
         self.covariance = torch.eye(width, dtype=torch.float64)
+        weights = None
         for _ in range(iterations):
-            weights, spread = self._posterior(differences, mask)
+            # Few steps a time: the next iteration goes on from here.
+            weights, spread = self._posterior(differences, mask, start=weights, steps=3)
             self.mean = weights.mean(0)
             offset = weights - self.mean
             self.covariance = spread.mean(0) + offset.T @ offset / len(weights)
@@ -60,11 +62,13 @@ class HierarchicalLogit:
             mask[u, : len(own)] = 1
         return found, mask
 
-    def _posterior(self, differences: Tensor, mask: Tensor, steps: int = 12) -> tuple[Tensor, Tensor]:
+    def _posterior(
+        self, differences: Tensor, mask: Tensor, *, start: Tensor | None = None, steps: int = 12
+    ) -> tuple[Tensor, Tensor]:
         """Mode [U, d] and covariance [U, d, d] of every user's weights, by Newton's method, its steps halved while
         they lead down."""
         precision = torch.linalg.inv(self.covariance)
-        weights = self.mean.expand(len(differences), -1).clone()
+        weights = self.mean.expand(len(differences), -1).clone() if start is None else start
 
         def log_posterior(w: Tensor) -> Tensor:
             offset = w - self.mean

@@ -29,6 +29,7 @@ class Task:
     load: Callable[[Path, int], Parts]
     counts: tuple[int, ...]
     training: dict[str, Any]
+    examples: ExamplesConfig
     latent_width: int = 64
     components: int | None = None  # of the linear baseline
     simulated: int = 0  # users drawn from the linear baseline that join the training users
@@ -39,8 +40,8 @@ class Task:
 
 
 PANEL: dict[str, Any] = {
-    "max_steps": 1500,
-    "eval_steps": 100,
+    "max_steps": 3000,
+    "eval_steps": 250,
     "learning_rate": 1e-3,
     "weight_decay": 0.1,
     "warmup_steps": 50,
@@ -52,22 +53,49 @@ TEXT: dict[str, Any] = {
     "weight_decay": 0.1,
     "warmup_steps": 50,
 }
+SIMULATED: dict[str, Any] = {"simulated": 20_000, "members": 3, "repeats": 8, "share": 0.65}
 TASKS: dict[str, tuple[Task, ...]] = {
     "polis": (
-        Task("Polis, bowling-green, contested pairs", lambda d, s: polis(d, seed=s), (0, 1, 3, 5, 10, 20), TEXT,
-             components=32),
+        Task(
+            "Polis, bowling-green, contested pairs",
+            lambda directory, seed: polis(directory, seed=seed),
+            (0, 1, 3, 5, 10, 20),
+            TEXT,
+            ExamplesConfig(20, 16),
+            components=32,
+        ),
     ),
     "stated-choice": (
-        Task("Stated choice, train", lambda d, s: stated_choice(d, "train", seed=s), (0, 1, 3, 5, 8), PANEL,
-             simulated=4000, members=3, repeats=8, share=0.65),
-        Task("Stated choice, electricity", lambda d, s: stated_choice(d, "electricity", seed=s), (0, 1, 3, 5, 10, 18),
-             PANEL, simulated=4000, members=3, repeats=8, share=0.65),
+        Task(
+            "Stated choice, train",
+            lambda directory, seed: stated_choice(directory, "train", seed=seed),
+            (0, 1, 3, 5, 8),
+            PANEL,
+            ExamplesConfig(8, 8),
+            **SIMULATED,
+        ),
+        Task(
+            "Stated choice, electricity",
+            lambda directory, seed: stated_choice(directory, "electricity", seed=seed),
+            (0, 1, 3, 5, 10, 18),
+            PANEL,
+            ExamplesConfig(18, 8),
+            **SIMULATED,
+        ),
     ),
     "hh": (
-        Task("Helpful and harmless, conflicting pairs", lambda d, s: helpful_harmless(d, seed=s), (0, 1, 3, 5, 10),
-             {**TEXT, "embedding_noise": 0.5}, components=64, repeats=200, by_example=True),
+        Task(
+            "Helpful and harmless, conflicting pairs",
+            lambda directory, seed: helpful_harmless(directory, seed=seed),
+            (0, 1, 3, 5, 10),
+            {**TEXT, "embedding_noise": 0.3},
+            ExamplesConfig(20, 32),
+            components=64,
+            repeats=200,
+            by_example=True,
+        ),
     ),
-}  # fmt: skip
+}
 
 
 def reproduce(
@@ -173,7 +201,7 @@ def _fit(task: Task, parts: Parts, runs: Path, seed: int, steps: int | None) -> 
                 validation,
                 runs / f"{_slug(task.title)}-{_slug(name)}-{seed}-{member}",
                 training={**settings, **extra},
-                examples=ExamplesConfig(max(task.counts), 8),
+                examples=task.examples,
                 seed=1000 * member + seed,
                 provenance={"data": task.title, "split seed": seed},
             )

@@ -14,7 +14,7 @@ from transformers import PrinterCallback
 
 from fssa_fast.data.choices import split_users
 from fssa_fast.data.files import Choice, DataError, Embed, read_choices
-from fssa_fast.nn import NPBTL, RewardModel
+from fssa_fast.nn import NPBTL, ContextEncoder, RewardModel, pack_choices
 from fssa_fast.steering.config import ConfigError, EncoderConfig, SteeringConfig
 from fssa_fast.steering.embedder import TextEmbedder
 from fssa_fast.steering.policy import SteerablePolicy
@@ -80,6 +80,27 @@ def _prompt(text: str) -> Any:
     return text
 
 
+@torch.no_grad()
+def standardize_latents(
+    encoder: ContextEncoder, users: Mapping[str, Sequence[Preference]], *, count: int = 5, seed: int = 0
+) -> None:
+    """Shifts and scales the latents, in the encoder's last Linear, to mean 0 and mean square 1 over `users` who made
+    `count` choices: the size that a policy's fresh modulator expects."""
+    draw = torch.Generator().manual_seed(seed)
+    contexts = []
+    for own in (users[name] for name in sorted(users)):
+        for _ in range(max(1, 256 // len(users))):
+            picked = torch.randperm(len(own), generator=draw)[:count].tolist()
+            contexts.append(torch.stack([own[i].pair for i in picked]))
+    packed = pack_choices(contexts, [torch.zeros(len(c), dtype=torch.long) for c in contexts])
+    latents = encoder.latents(*packed)
+    mean = latents.mean(0)
+    scale = (latents - mean).square().mean().sqrt()
+    width = encoder.latent_width  # a sampled latent's deviation scales with it, but goes through softplus: left alone
+    encoder.outer1.bias[:width].sub_(mean).div_(scale)
+    encoder.outer1.weight[:width].div_(scale)
+
+
 def fit_policy(config: PolicyRun, *, resume: bool = False, quiet: bool = False) -> SteerablePolicy:
     """Trains a policy as configured; it, its checkpoints and run.json are in the output directory afterwards.
 
@@ -116,6 +137,7 @@ def fit_policy(config: PolicyRun, *, resume: bool = False, quiet: bool = False) 
     )
     if encoder is not None:
         policy.encoder.load_state_dict(encoder.state_dict())
+        standardize_latents(policy.encoder, train, seed=config.seed)
         policy.encoder.requires_grad_(False)
     settings = {**DEFAULTS, "disable_tqdm": quiet, **config.training}
     args = NPDPOArguments(output_dir=config.output, seed=config.seed, **settings)
