@@ -7,6 +7,12 @@ from typing import Annotated
 
 import typer
 
+from fssa_fast.commands import data, train
+from fssa_fast.commands.ask import ask
+from fssa_fast.commands.evaluate import compare, evaluate
+from fssa_fast.commands.plot import plot
+from fssa_fast.commands.reproduce import reproduce
+
 app = typer.Typer(
     name="fssa",
     help="Per-user steering of language models at the speed of the plain model.",
@@ -51,6 +57,13 @@ def import_reference(
     else:
         SteerablePolicy.from_reference(directory, base).save_pretrained(out)
     typer.echo(f"{out}: written")
+
+
+app.add_typer(train.app, name="train")
+app.add_typer(data.app, name="data")
+app.command("eval")(evaluate)
+for command in (ask, compare, plot, reproduce):
+    app.command()(command)
 
 
 def main() -> None:

@@ -98,6 +98,8 @@ class PreferenceData(Dataset[dict[str, Any]]):
         size = min(below(self.max_context + 1), len(context))
         picked = [context[i] for i in torch.randperm(len(context), generator=draw)[:size].tolist()]
         wanted = [others[i] for i in torch.randperm(len(others), generator=draw)[: self.targets].tolist()]
+        # As many in every example, some of them again: a mean over a batch is then one over its parts' means.
+        wanted += [others[below(len(others))] for _ in range(self.targets - len(wanted))]
         # Which side a context's chosen option stands on carries no information: it is always the first.
         pairs = (
             torch.stack([c.pair for c in picked])

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
+from fssa_fast.steering.embedder import weight_fingerprint
 from fssa_fast.steering.policy import SteerablePolicy
 from fssa_fast.steering.storage import WEIGHTS_NAME, load_adapter
 from fssa_fast.training.data import collate
+from fssa_fast.training.finite import NamesNaN
 from fssa_fast.training.objectives import NPDPOLoss, np_dpo, response_log_probs
 
 
@@ -49,14 +53,35 @@ def policy_log_probs(
 
 
 class ReferenceCache:
-    """The base model's log-probability of each answer, computed once: from the same weights, with the users off."""
+    """The base model's log-probability of each answer, computed once: from the same weights, with the users off.
 
-    def __init__(self) -> None:
-        self._known: dict[bytes, float] = {}
+    path: a file of JSON lines that keeps them for later runs, of this base model or of others; None keeps them in
+        memory only. Several processes may write to it; a line that a killed run left unfinished is not used.
+    """
 
-    @staticmethod
-    def _key(text: str) -> bytes:
-        return hashlib.sha256(text.encode()).digest()
+    def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
+        self._known: dict[str, float] = {}
+        self._path, self._base = None if path is None else Path(path), ""
+        if self._path is not None and self._path.exists():
+            for line in self._path.read_bytes().splitlines():
+                try:
+                    key, value = json.loads(line)
+                    self._known[str(key)] = float(value)
+                except (ValueError, TypeError):
+                    continue
+
+    def _key(self, policy: SteerablePolicy, text: str) -> str:
+        if not self._base:
+            self._base = f"{weight_fingerprint(policy.model)} {policy.model.dtype}"
+        return hashlib.sha256(f"{self._base}\x00{text}".encode()).hexdigest()
+
+    def _keep(self, key: str, value: float) -> None:
+        self._known[key] = value
+        if self._path is not None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            # A new line first, too: the line before may be unfinished.
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(f"\n{json.dumps([key, value])}\n")
 
     @torch.no_grad()
     def log_probs(self, policy: SteerablePolicy, batch: dict[str, Any], chunk: int) -> Tensor:
@@ -64,7 +89,7 @@ class ReferenceCache:
 
         Each row by itself, without padding: a resumed run, whose batches meet other rows first, gets the same numbers.
         """
-        keys = [self._key(key) for key in batch["keys"]]
+        keys = [self._key(policy, key) for key in batch["keys"]]
         training = policy.model.training
         policy.model.eval()
         try:
@@ -73,36 +98,71 @@ class ReferenceCache:
                     length = int(batch["response_end"][i])
                     row = {name: batch[name][i : i + 1] for name in ("response_start", "response_end")}
                     row |= {name: batch[name][i : i + 1, :length] for name in ("input_ids", "attention_mask")}
-                    self._known[key] = float(policy_log_probs(policy, row, None, None, chunk))
+                    self._keep(key, float(policy_log_probs(policy, row, None, None, chunk)))
         finally:
             policy.model.train(training)
         return torch.tensor([self._known[key] for key in keys], device=batch["input_ids"].device)
 
 
-class NPDPOTrainer(Trainer):
+class Objective(nn.Module):
+    """A policy and its loss as one module, whose forward is a training step's: what several processes share."""
+
+    def __init__(self, policy: SteerablePolicy, reference: ReferenceCache, args: NPDPOArguments) -> None:
+        super().__init__()
+        self.policy, self.reference, self.args = policy, reference, args
+
+    def forward(self, batch: dict[str, Any]) -> NPDPOLoss:
+        """The loss of a batch."""
+        return np_dpo_loss(self.policy, batch, self.reference, self.args)
+
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """As the policy's."""
+        self.policy.gradient_checkpointing_enable(*args, **kwargs)
+
+    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """As the policy's."""
+        self.policy.activation_checkpointing_enable(*args, **kwargs)
+
+
+class NPDPOTrainer(NamesNaN, Trainer):
     """Trains encoder, modulator and adapters of a policy; the base model stays as it is and is its own reference.
 
-    Checkpoints hold the adapter only, as `SteerablePolicy.save_pretrained` writes it.
+    Checkpoints hold the adapter only, as `SteerablePolicy.save_pretrained` writes it. With several processes every
+    example must have as many targets, as those of `PreferenceData` have: then they compute what one would.
+
+    reference: the base model's log-probabilities; None keeps them in memory.
     """
 
     args: NPDPOArguments
 
-    def __init__(self, policy: SteerablePolicy, args: NPDPOArguments, train_dataset: Any, **options: Any) -> None:
+    def __init__(
+        self,
+        policy: SteerablePolicy,
+        args: NPDPOArguments,
+        train_dataset: Any,
+        *,
+        reference: ReferenceCache | None = None,
+        **options: Any,
+    ) -> None:
         if policy.tokenizer is None:
             raise ValueError("policy: expected one with a tokenizer, got one without")
         pad = policy.tokenizer.pad_token_id
         options.setdefault("data_collator", partial(collate, pad=policy.tokenizer.eos_token_id if pad is None else pad))
-        super().__init__(model=policy, args=args, train_dataset=train_dataset, **options)
+        objective = Objective(policy, reference or ReferenceCache(), args)
+        super().__init__(model=objective, args=args, train_dataset=train_dataset, **options)
         self.model_accepts_loss_kwargs = False  # the loss is a mean: accumulation has to divide it
-        self.reference = ReferenceCache()
-        self._sums: dict[str, float] = {}
+        self._sums: dict[str, Tensor] = {}
         self._count = 0
+
+    @property
+    def policy(self) -> SteerablePolicy:
+        """The policy in training."""
+        return self.accelerator.unwrap_model(self.model).policy
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        policy: SteerablePolicy = self.accelerator.unwrap_model(model)
-        out = np_dpo_loss(policy, inputs, self.reference, self.args)
+        out = model(inputs)
         self._note(accuracy=out.accuracy, margin=out.margin.mean(), likelihood=out.likelihood)
         return (out.loss, {"margin": out.margin}) if return_outputs else out.loss
 
@@ -110,11 +170,12 @@ class NPDPOTrainer(Trainer):
         self._count += 1
         for name, value in values.items():
             if value is not None:
-                self._sums[name] = self._sums.get(name, 0.0) + float(value.detach())
+                self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value.detach()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs and self._count:
-            logs |= {name: round(total / self._count, 4) for name, total in self._sums.items()}
+            for name, total in self._sums.items():
+                logs[name] = round(float(self.accelerator.gather(total.reshape(1)).mean()) / self._count, 4)
             self._sums, self._count = {}, 0
         super().log(logs, *args, **kwargs)
 
@@ -122,7 +183,7 @@ class NPDPOTrainer(Trainer):
         if self.optimizer is not None:  # made before, its steps scaled already
             return super().create_optimizer(*args, **kwargs)
         optimizer = super().create_optimizer(*args, **kwargs)
-        policy: SteerablePolicy = self.accelerator.unwrap_model(self.model)
+        policy = self.policy
         ratio = torch.ones(policy.layout.modulated)
         for site in policy.layout.films:
             ratio[site.scale] = ratio[site.shift] = self.args.film_learning_rate_ratio
@@ -132,12 +193,10 @@ class NPDPOTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = str(output_dir or self.args.output_dir)
-        self.accelerator.unwrap_model(self.model).save_pretrained(folder)
-        torch.save(self.args, Path(folder) / "training_args.bin")
+        self.policy.save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        policy = self.accelerator.unwrap_model(self.model if model is None else model)
-        load_adapter(policy, Path(resume_from_checkpoint) / WEIGHTS_NAME)
+        load_adapter(self.policy, Path(resume_from_checkpoint) / WEIGHTS_NAME)
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))

@@ -1,0 +1,166 @@
+"""`fssa eval` and `fssa compare`: a run on held-out users, and two runs on the same ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+Counts = Annotated[str, typer.Option(help="Numbers of choices, with commas.")]
+DataFile = Annotated[Path | None, typer.Option(help="A file of choices; without, the run's own and its test users.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Where to write all figures, as JSON.")]
+
+
+def _counts(text: str) -> list[int]:
+    try:
+        counts = [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"--counts: expected numbers with commas, got {text!r}") from error
+    if min(counts) < 0:
+        raise ValueError(f"--counts: expected numbers >= 0, got {text!r}")
+    return counts
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Where a run's data is: the file, the embedder, and the users to measure on (None: all)."""
+
+    path: Path
+    embedder: str | None
+    users: list[str] | None
+
+
+def _setup(run: dict[str, Any], data: Path | None) -> Setup:
+    config = run.get("config")
+    if config is None:
+        raise ValueError("run: expected one of `fssa train`, got one without a configuration")
+    if data is not None:
+        return Setup(data, config["data"]["embedder"], None)
+    from fssa_fast.data.choices import split_users
+    from fssa_fast.data.files import read_choices
+    from fssa_fast.training.runs import file_hash
+
+    path = config["data"]["path"]
+    if file_hash(path) != run["data"]["sha256"]:
+        raise ValueError(f"{path}: expected the file the run was trained on, got another; name one with --data")
+    names = list(dict.fromkeys(choice.user for choice in read_choices(path)))
+    names = sorted(names) if run["what"] == "policy" else names
+    test = split_users(len(names), config["data"]["split_seed"], config["data"]["shares"])[2]
+    return Setup(Path(path), config["data"]["embedder"], [names[i] for i in test])
+
+
+def _reward_scores(run: Path, setup: Setup, counts: list[int]) -> dict[int, Any]:
+    from fssa_fast.data.choices import held_out_examples
+    from fssa_fast.data.files import choice_data, read_choices
+    from fssa_fast.evaluation.rewards import model_predictor, score, truncate
+    from fssa_fast.nn import RewardModel
+    from fssa_fast.steering import TextEmbedder
+
+    choices = read_choices(setup.path)
+    if setup.users is not None:
+        choices = [choice for choice in choices if choice.user in set(setup.users)]
+    embed = None if setup.embedder is None else TextEmbedder.from_pretrained(setup.embedder).encode
+    data = choice_data(choices, embed, path=setup.path)
+    predict = model_predictor(RewardModel.from_pretrained(run))
+    examples = held_out_examples(data, max_context=max(counts), repeats=4)
+    return {count: score(predict, data, truncate(examples, count)) for count in counts}
+
+
+def _policy_shares(run: Path, setup: Setup, counts: list[int]) -> dict[int, Any]:
+    from fssa_fast.data.files import read_choices
+    from fssa_fast.evaluation.policies import held_out, implicit_margins
+    from fssa_fast.steering import SteerablePolicy
+    from fssa_fast.training.fit_policy import preferences
+    from fssa_fast.training.policy import ReferenceCache
+
+    policy = SteerablePolicy.from_pretrained(run)
+    by_user: dict[str, list[Any]] = {}
+    for choice in read_choices(setup.path):
+        if setup.users is None or choice.user in setup.users:
+            by_user.setdefault(choice.user, []).append(choice)
+    assert policy.embedder is not None
+    examples = held_out(preferences(by_user, policy.embedder.encode), max_context=max(counts))
+    reference = ReferenceCache()
+    return {
+        count: np.array([(m > 0).mean() for m in implicit_margins(policy, examples, count, reference=reference)])
+        for count in counts
+    }
+
+
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="A run directory.")],
+    data: DataFile = None,
+    counts: Counts = "0,1,3,5,10",
+    json: JsonFile = None,
+) -> None:
+    """Measure a reward model, or a policy by its implicit rewards, on users it was not trained on."""
+    from fssa_fast.evaluation.rewards import interval
+    from fssa_fast.evaluation.tables import Cell, Table
+    from fssa_fast.training.runs import environment, read_run, write_json
+
+    record, wanted = read_run(run), _counts(counts)
+    setup = _setup(record, data)
+    table = Table(f"{run.name}: held-out choices predicted, %, by choices given", [str(k) for k in wanted])
+    found: dict[str, Any] = {"run": str(run), "data": str(setup.path)}
+    if record["what"] == "reward":
+        scores = _reward_scores(run, setup, wanted)
+        table.rows["accuracy"] = [Cell(*interval([scores[k].accuracies])) for k in wanted]
+        other = Table("Likelihood and calibration", table.columns, scale=1, digits=3)
+        other.rows["minus log-likelihood of a choice, nats"] = [Cell(scores[k].nll) for k in wanted]
+        other.rows["expected calibration error"] = [Cell(scores[k].calibration_error) for k in wanted]
+        found["tables"], tables = [table.json(), other.json()], [table, other]
+        found["calibration: stated, right, predictions"] = {k: scores[k].calibration() for k in wanted}
+    else:
+        shares = _policy_shares(run, setup, wanted)
+        table.rows["implicit accuracy"] = [Cell(*interval([shares[k]])) for k in wanted]
+        found["tables"], tables = [table.json()], [table]
+    for each in tables:
+        typer.echo(each.markdown() + "\n")
+    if json is not None:
+        write_json(json, {**found, "environment": environment()})
+
+
+def compare(
+    a: Annotated[Path, typer.Argument(help="A run directory.")],
+    b: Annotated[str, typer.Argument(help="Another of the same kind; for policies also: base")],
+    data: DataFile = None,
+    counts: Counts = "0,1,3,5,10",
+    judge: Annotated[Path | None, typer.Option(help="A held-out reward run that names the better text.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of the texts compared.")] = 96,
+    prompts: Annotated[int, typer.Option(min=1, help="How many of the held-out prompts to answer.")] = 32,
+    json: JsonFile = None,
+) -> None:
+    """Compare two runs on the same held-out users: A minus B, with paired intervals."""
+    from fssa_fast.evaluation.rewards import interval
+    from fssa_fast.evaluation.tables import Cell, Table
+    from fssa_fast.training.runs import environment, read_run, write_json
+
+    record, wanted = read_run(a), _counts(counts)
+    setup = _setup(record, data)
+    tables = []
+    if record["what"] == "reward":
+        if judge is not None:
+            raise ValueError("--judge: expected none, since these are reward models")
+        if read_run(b)["what"] != "reward":
+            raise ValueError(f"{b}: expected a reward model, as {a} is one, got another run")
+        ours, theirs = _reward_scores(a, setup, wanted), _reward_scores(Path(b), setup, wanted)
+        differences = [ours[k].accuracies - theirs[k].accuracies for k in wanted]
+        title = "Held-out choices predicted, %, by choices given"
+        rows = {
+            f"A: {a.name}": [Cell(*interval([ours[k].accuracies])) for k in wanted],
+            f"B: {Path(b).name}": [Cell(*interval([theirs[k].accuracies])) for k in wanted],
+            "A - B": [Cell(*interval([d])) for d in differences],
+        }
+        tables.append(Table(title, [str(k) for k in wanted], rows))
+    else:
+        from fssa_fast.evaluation.compare import compare_policies
+
+        tables = compare_policies(a, None if b == "base" else Path(b), setup.path, setup.users, judge=judge,
+                                  count=max(wanted), prompts=prompts, max_new_tokens=max_new_tokens)  # fmt: skip
+    for table in tables:
+        typer.echo(table.markdown() + "\n")
+    if json is not None:
+        write_json(json, {"a": str(a), "b": b, "tables": [t.json() for t in tables], "environment": environment()})

@@ -1,0 +1,172 @@
+"""Files of choices: JSON lines, each a user's choice between two texts or two vectors of features.
+
+    {"user": "ann", "prompt": "Eggs?", "chosen": "Boil them.", "rejected": "There are many ways ...", "group": "eggs"}
+
+`prompt` and `group` may be left out. Options of one line with a group belong to that group; without, each option is a
+group of its own. A context and its targets share no group, so an option may not be in two.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fssa_fast.data.choices import ChoiceData
+
+KEYS = ("user", "prompt", "chosen", "rejected", "group")
+Option = str | tuple[float, ...]
+Embed = Callable[[Sequence[tuple[str, str]]], Tensor]
+
+
+class DataError(ValueError):
+    """A data file that is not what it should be; names file and line, what was expected and what came."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A line of a file of choices; `line` is where."""
+
+    user: str
+    chosen: Option
+    rejected: Option
+    prompt: str = ""
+    group: str | None = None
+    line: int = 0
+
+
+def text_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, str]]:
+    """The lines of a file in UTF-8, with their numbers; DataError names the line that is in another encoding."""
+    with open(path, "rb") as file:
+        for number, raw in enumerate(file, start=1):
+            try:
+                yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise DataError(f"{path}, line {number}: expected UTF-8, got byte {raw[error.start]:#04x}") from error
+
+
+def json_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of a file of JSON lines, with their line numbers; empty lines are left out."""
+    for number, line in text_lines(path):
+        if line.strip():
+            try:
+                content = json.loads(line)
+            except ValueError as error:
+                raise DataError(f"{path}, line {number}: not JSON: {error}") from error
+            if not isinstance(content, dict):
+                raise DataError(f"{path}, line {number}: expected an object, got {type(content).__name__}")
+            yield number, content
+
+
+def read_choices(path: str | os.PathLike[str]) -> list[Choice]:
+    """The choices of a file, checked one by one.
+
+    Raises DataError for an unknown or missing key, a tie (an option and itself), an empty or a non-finite option,
+    options of different kinds or widths, and an option in two groups.
+    """
+    found: list[Choice] = []
+    groups: dict[tuple[str, Option], tuple[str | None, int]] = {}
+    width: int | None = None
+    for number, content in json_lines(path):
+        where = f"{path}, line {number}"
+        for key in content:
+            if key not in KEYS:
+                raise DataError(f"{where}: unknown key {key!r}; expected some of {list(KEYS)}")
+        for key in ("user", "chosen", "rejected"):
+            if content.get(key) in (None, "", []):
+                raise DataError(f"{where}: {key!r} is missing")
+        for key in ("user", "prompt", "group"):
+            if key in content and not isinstance(content[key], str):
+                raise DataError(f"{where}: {key!r}: expected a text, got {content[key]!r}")
+        chosen, rejected = (_option(where, key, content[key]) for key in ("chosen", "rejected"))
+        choice = Choice(content["user"], chosen, rejected, content.get("prompt", ""), content.get("group"), number)
+        if choice.chosen == choice.rejected:
+            raise DataError(f"{where}: a tie: expected two different options, got one and itself")
+        for option in (choice.chosen, choice.rejected):
+            size = len(option) if isinstance(option, tuple) else 0
+            width = size if width is None else width
+            if size != width:
+                kinds = [f"{n} features" if n else "a text" for n in (width, size)]
+                raise DataError(f"{where}: expected {kinds[0]}, as before, got {kinds[1]}")
+            known = groups.setdefault((choice.prompt, option), (choice.group, number))
+            if known[0] != choice.group:
+                raise DataError(
+                    f"{where}: expected group {known[0]!r} for an option that is in it in line {known[1]}, got "
+                    f"{choice.group!r}: a context could hold what its targets ask"
+                )
+        found.append(choice)
+    if not found:
+        raise DataError(f"{path}: expected choices, got none")
+    return found
+
+
+def _option(where: str, key: str, value: Any) -> Option:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and all(type(x) in (int, float) and math.isfinite(x) for x in value):
+        return tuple(float(x) for x in value)
+    raise DataError(f"{where}: {key!r}: expected a text or a list of finite numbers, got {value!r:.80}")
+
+
+def choice_data(
+    choices: Sequence[Choice], embed: Embed | None = None, *, path: str | os.PathLike[str] = "choices"
+) -> ChoiceData:
+    """The choices as arrays; `embed` turns (prompt, text) pairs into embeddings [n, E].
+
+    Raises DataError for texts without `embed`, and for a user of whose choices none can be predicted from another.
+    """
+    numbers: dict[tuple[str, Option], int] = {}
+    groups: dict[tuple[str, Any], int] = {}
+    of_option: list[int] = []
+    by_user: dict[str, list[tuple[int, int]]] = {}
+    first: dict[str, int] = {}
+    for choice in choices:
+        pair = []
+        for option in (choice.chosen, choice.rejected):
+            key = (choice.prompt, option)
+            if key not in numbers:
+                numbers[key] = len(numbers)
+                name = ("group", choice.group) if choice.group is not None else ("option", key)
+                of_option.append(groups.setdefault(name, len(groups)))
+            pair.append(numbers[key])
+        by_user.setdefault(choice.user, []).append((pair[0], pair[1]))
+        first.setdefault(choice.user, choice.line)
+    texts = [(prompt, option) for prompt, option in numbers if isinstance(option, str)]
+    if texts and embed is None:
+        raise DataError(f"{path}: expected features, since no embedder was named; got texts")
+    if texts and embed is not None:
+        options = embed(texts).float().cpu()
+    else:
+        options = torch.tensor([option for _, option in numbers], dtype=torch.float32)
+    data = ChoiceData(
+        options,
+        np.array(of_option, dtype=np.int64),
+        tuple(by_user),
+        tuple(np.array(own, dtype=np.int64) for own in by_user.values()),
+    )
+    kept = set(data.predictable().users)
+    for user in data.users:
+        if user not in kept:
+            raise DataError(
+                f"{path}, line {first[user]}: expected choices of two groups or more for user {user!r}, got "
+                f"{len(by_user[user])} of which none can be predicted from another"
+            )
+    return data
+
+
+def write_choices(path: str | os.PathLike[str], choices: Sequence[Choice]) -> None:
+    """Writes a file of choices."""
+    with Path(path).open("w", encoding="utf-8") as file:
+        for choice in choices:
+            content: dict[str, Any] = {"user": choice.user, "chosen": choice.chosen, "rejected": choice.rejected}
+            content |= {"prompt": choice.prompt} if choice.prompt else {}
+            content |= {} if choice.group is None else {"group": choice.group}
+            file.write(json.dumps(content, ensure_ascii=False) + "\n")

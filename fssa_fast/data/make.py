@@ -1,0 +1,201 @@
+"""From ratings, votes, rankings or pairs, in CSV or JSON lines, to a file of choices."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from fssa_fast.data.files import Choice, DataError, Option, json_lines, read_choices, text_lines, write_choices
+from fssa_fast.training.runs import environment, file_hash, write_json
+
+Kind = Literal["ratings", "votes", "rankings", "pairs"]
+MISSING = ("", "na", "nan", "none", "null")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What the columns of a table are called.
+
+    user: who. item: what was rated, voted on or ranked; value: how. For pairs: chosen and rejected.
+    prompt, group: optional columns, as in a file of choices.
+    """
+
+    user: str = "user"
+    item: str = "item"
+    value: str = "value"
+    chosen: str = "chosen"
+    rejected: str = "rejected"
+    prompt: str | None = None
+    group: str | None = None
+
+
+def read_rows(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows of a CSV file, or of JSON lines where the name ends in .jsonl, with their line numbers."""
+    if Path(path).suffix == ".jsonl":
+        yield from json_lines(path)
+        return
+    if Path(path).suffix != ".csv":
+        raise DataError(f"{path}: expected a file whose name ends in .csv or .jsonl")
+    reader = csv.DictReader(line for _, line in text_lines(path))
+    for row in reader:
+        if None in row or None in row.values():
+            raise DataError(f"{path}, line {reader.line_num}: expected {len(reader.fieldnames or ())} fields")
+        yield reader.line_num, row
+
+
+def read_items(path: str | os.PathLike[str], name: str = "item", text: str | None = None) -> dict[str, Option]:
+    """What items are, by name: a table with a column `name` and either a column `text`, or features in all others."""
+    found: dict[str, Option] = {}
+    for line, row in read_rows(path):
+        where = f"{path}, line {line}"
+        item = _text(where, row, name)
+        if item in found:
+            raise DataError(f"{where}: {name!r}: expected each item once, got {item!r} again")
+        if text is not None:
+            found[item] = _text(where, row, text)
+        else:
+            found[item] = tuple(_number(where, row, column) for column in row if column != name)
+    return found
+
+
+def make_choices(
+    source: str | os.PathLike[str],
+    directory: str | os.PathLike[str],
+    kind: Kind,
+    *,
+    columns: Columns | None = None,
+    items: Mapping[str, Option] | None = None,
+    margin: float = 0.0,
+    max_pairs: int | None = None,
+    min_choices: int = 2,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Writes choices.jsonl, and choices.json that says how it was made, into `directory`; returns the latter.
+
+    Of ratings and votes, a user prefers the item of the larger value, of rankings that of the smaller. Equal values
+    are no choice. Votes are numbers: above 0 for, below 0 against, 0 is no vote.
+
+    Args:
+        source: the table. kind: what it holds. columns: its columns' names.
+        items: what items are, by name, where the table has names only. None: an item is its text.
+        margin: values must differ by more than it.
+        max_pairs: at most so many choices of a user, drawn from the seed.
+        min_choices: users with fewer choices are left out, and counted in choices.json.
+
+    Raises: DataError naming file and line: a missing value, an unknown item, two values of one item by one user, pairs
+        that are ties; and where nothing is left.
+    """
+    names = columns or Columns()
+    if kind == "pairs":
+        found = list(_pairs(source, names, items))
+    else:
+        found = _compared(source, kind, names, items, margin)
+    by_user: dict[str, list[Choice]] = {}
+    for choice in found:
+        by_user.setdefault(choice.user, []).append(choice)
+    rng = np.random.default_rng(seed)
+    kept: list[Choice] = []
+    few = sorted(user for user, own in by_user.items() if len(own) < min_choices)
+    for own in by_user.values():
+        if len(own) < min_choices:
+            continue
+        if max_pairs is not None and len(own) > max_pairs:
+            own = [own[i] for i in sorted(rng.permutation(len(own))[:max_pairs])]
+        kept += own
+    if not kept:
+        raise DataError(f"{source}: expected users with {min_choices} choices or more, got none")
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "choices.jsonl"
+    write_choices(path, kept)
+    read_choices(path)  # the checks against leaks
+    record = {
+        "version": 1,
+        "source": {"name": Path(source).name, "sha256": file_hash(source), "kind": kind},
+        "choices": {"name": path.name, "sha256": file_hash(path), "count": len(kept)},
+        "users": len(by_user) - len(few),
+        "users left out for too few choices": few,
+        "margin": margin,
+        "max_pairs": max_pairs,
+        "min_choices": min_choices,
+        "seed": seed,
+        "environment": environment(),
+    }
+    write_json(folder / "choices.json", record)
+    return record
+
+
+def _pairs(source: Any, names: Columns, items: Mapping[str, Option] | None) -> Iterator[Choice]:
+    for line, row in read_rows(source):
+        where = f"{source}, line {line}"
+        chosen, rejected = (_item(where, _text(where, row, c), items) for c in (names.chosen, names.rejected))
+        if chosen == rejected:
+            raise DataError(f"{where}: a tie: expected two different options, got one and itself")
+        yield Choice(_text(where, row, names.user), chosen, rejected, *_labels(where, row, names), line)
+
+
+def _compared(
+    source: Any, kind: Kind, names: Columns, items: Mapping[str, Option] | None, margin: float
+) -> list[Choice]:
+    values: dict[tuple[str, str, str | None], dict[Option, tuple[float, int]]] = {}
+    for line, row in read_rows(source):
+        where = f"{source}, line {line}"
+        user, item = _text(where, row, names.user), _item(where, _text(where, row, names.item), items)
+        value = _number(where, row, names.value)
+        own = values.setdefault((user, *_labels(where, row, names)), {})
+        if item in own:
+            raise DataError(f"{where}: expected each item once a user, got it again (before: line {own[item][1]})")
+        own[item] = (-value if kind == "rankings" else float(np.sign(value)) if kind == "votes" else value, line)
+    found = []
+    for (user, prompt, group), own in values.items():
+        cast = {item: v for item, v in own.items() if kind != "votes" or v[0]}
+        for (a, (x, line)), (b, (y, _)) in combinations(cast.items(), 2):
+            if abs(x - y) > margin:
+                chosen, rejected = (a, b) if x > y else (b, a)
+                found.append(Choice(user, chosen, rejected, prompt, group, line))
+    return found
+
+
+def _labels(where: str, row: Mapping[str, Any], names: Columns) -> tuple[str, str | None]:
+    prompt = "" if names.prompt is None else _text(where, row, names.prompt)
+    return prompt, None if names.group is None else _text(where, row, names.group)
+
+
+def _text(where: str, row: Mapping[str, Any], column: str) -> str:
+    if column not in row:
+        raise DataError(f"{where}: column {column!r} is missing; there are {sorted(row)}")
+    value = row[column]
+    text = "" if value is None else str(value)
+    if not text.strip():
+        raise DataError(f"{where}: {column!r}: expected a value, got none")
+    return text
+
+
+def _number(where: str, row: Mapping[str, Any], column: str) -> float:
+    text = _text(where, row, column)
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if text.strip().lower() in MISSING or not math.isfinite(value):
+        raise DataError(f"{where}: {column!r}: expected a finite number, got {text!r:.80}")
+    return value
+
+
+def _item(where: str, name: str, items: Mapping[str, Option] | None) -> Option:
+    if items is None:
+        return name
+    if name not in items:
+        raise DataError(f"{where}: unknown item {name!r:.80}; there are {len(items)} items")
+    return items[name]
+
+
+__all__: Sequence[str] = ["Columns", "make_choices", "read_items", "read_rows"]

@@ -1,0 +1,1 @@
+"""Measuring: rewards on held-out choices, policies on held-out prompts, tables and pictures."""

@@ -1,0 +1,1 @@
+"""Reproductions: each trains, measures and tabulates one claim."""

@@ -1,0 +1,233 @@
+"""Real people's choices: NP-BTL against models without users, a variational encoder, and a linear model."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from fssa_fast.data.choices import ChoiceData, Example, held_out_examples
+from fssa_fast.data.people import Parts, helpful_harmless, polis, stated_choice
+from fssa_fast.evaluation.linear import HierarchicalLogit
+from fssa_fast.evaluation.rewards import Floats, Predictor, interval, model_predictor, score, truncate
+from fssa_fast.evaluation.tables import Cell, Table
+from fssa_fast.training.fit import ExamplesConfig, RewardConfig, fit_reward
+
+LINEAR = "linear (hierarchical logit)"
+
+
+@dataclass(frozen=True)
+class Task:
+    """One data set: how it is loaded, measured and fitted."""
+
+    title: str
+    load: Callable[[Path, int], Parts]
+    counts: tuple[int, ...]
+    training: dict[str, Any]
+    examples: ExamplesConfig
+    latent_width: int = 64
+    components: int | None = None  # of the linear baseline
+    simulated: int = 0  # users drawn from the linear baseline that join the training users
+    members: int = 1  # models whose probabilities are averaged
+    repeats: int = 4  # draws of context and targets a test user
+    share: float = 0.6  # of a test user's groups, for the context
+    by_example: bool = False
+
+
+PANEL: dict[str, Any] = {
+    "max_steps": 3000,
+    "eval_steps": 250,
+    "learning_rate": 1e-3,
+    "weight_decay": 0.1,
+    "warmup_steps": 50,
+}
+TEXT: dict[str, Any] = {
+    "max_steps": 1500,
+    "eval_steps": 100,
+    "learning_rate": 1e-3,
+    "weight_decay": 0.1,
+    "warmup_steps": 50,
+}
+SIMULATED: dict[str, Any] = {"simulated": 20_000, "members": 3, "repeats": 8, "share": 0.65}
+TASKS: dict[str, tuple[Task, ...]] = {
+    "polis": (
+        Task(
+            "Polis, bowling-green, contested pairs",
+            lambda directory, seed: polis(directory, seed=seed),
+            (0, 1, 3, 5, 10, 20),
+            TEXT,
+            ExamplesConfig(20, 16),
+            components=32,
+        ),
+    ),
+    "stated-choice": (
+        Task(
+            "Stated choice, train",
+            lambda directory, seed: stated_choice(directory, "train", seed=seed),
+            (0, 1, 3, 5, 8),
+            PANEL,
+            ExamplesConfig(8, 8),
+            **SIMULATED,
+        ),
+        Task(
+            "Stated choice, electricity",
+            lambda directory, seed: stated_choice(directory, "electricity", seed=seed),
+            (0, 1, 3, 5, 10, 18),
+            PANEL,
+            ExamplesConfig(18, 8),
+            **SIMULATED,
+        ),
+    ),
+    "hh": (
+        Task(
+            "Helpful and harmless, conflicting pairs",
+            lambda directory, seed: helpful_harmless(directory, seed=seed),
+            (0, 1, 3, 5, 10),
+            {**TEXT, "embedding_noise": 0.3},
+            ExamplesConfig(20, 32),
+            components=64,
+            repeats=200,
+            by_example=True,
+        ),
+    ),
+}
+
+
+def reproduce(
+    name: Literal["polis", "stated-choice", "hh"],
+    *,
+    data: str | os.PathLike[str],
+    seeds: Sequence[int],
+    runs: str | os.PathLike[str] | None = None,
+    steps: int | None = None,
+) -> dict[str, Any]:
+    """Trains every model with every seed, which also draws the split, and measures on what is held out.
+
+    Args:
+        data: the data set's directory. runs: where run directories go; None keeps none.
+        steps: of each training, where not the usual number.
+    """
+    found: dict[str, Any] = {"tables": [], "checks": [], "settings": []}
+    for task in TASKS[name]:
+        _reproduce(task, Path(data), seeds, runs, steps, found)
+    return found
+
+
+def _reproduce(
+    task: Task, data: Path, seeds: Sequence[int], runs: Any, steps: int | None, found: dict[str, Any]
+) -> None:
+    accuracies: dict[str, dict[int, list[Floats]]] = {}
+    criteria: dict[str, list[Floats]] = {}
+    errors: dict[str, list[float]] = {}
+    given: list[Floats] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for seed in seeds:
+            parts = task.load(data, seed)
+            examples = held_out_examples(
+                parts[2], max_context=max(task.counts), repeats=task.repeats, share=task.share, seed=seed
+            )
+            given.append(np.array([[min(k, len(e.context)) for k in task.counts] for e in examples]).mean(0))
+            predictors = _fit(task, parts, Path(runs or scratch), seed, steps)
+            for model, predict in predictors.items():
+                for count in task.counts:
+                    scores = score(predict, parts[2], truncate(examples, count), by_example=task.by_example)
+                    accuracies.setdefault(model, {}).setdefault(count, []).append(scores.accuracies)
+                errors.setdefault(model, []).append(scores.calibration_error)
+                if task.by_example:  # the last count's, for each of the few users
+                    for user, label in enumerate(parts[2].users):
+                        mine = [a for a, e in zip(scores.accuracies, examples, strict=True) if e.user == user]
+                        criteria.setdefault(f"{model}: {label}", []).append(np.array(mine))
+    table = Table(f"{task.title}: held-out choices predicted, %, by choices given", [str(k) for k in task.counts])
+    for model, by_count in accuracies.items():
+        table.rows[model] = [Cell(*interval(by_count[count])) for count in task.counts]
+    found["tables"].append(table)
+    if criteria:
+        by_user = Table(f"{task.title}: by criterion, after {max(task.counts)} choices", ["accuracy"])
+        by_user.rows = {label: [Cell(*interval(values))] for label, values in criteria.items()}
+        found["tables"].append(by_user)
+        for label, values in criteria.items():
+            if label.startswith("NP-BTL:"):
+                mean = interval(values)[0]
+                found["checks"].append(f"{task.title}: {label} {'above' if mean > 0.62 else 'NOT above'} 62 %")
+    for other in [model for model in accuracies if model != "NP-BTL"]:
+        for count in task.counts:
+            if count == 0:
+                continue
+            difference = [a - b for a, b in zip(accuracies["NP-BTL"][count], accuracies[other][count], strict=True)]
+            mean, low, high = interval(difference)
+            verdict = "above" if mean > 0 else "NOT above"
+            sure = "" if low > 0 or high < 0 else ", not beyond chance"
+            found["checks"].append(
+                f"{task.title}, {count} choices: NP-BTL {verdict} {other}: {100 * mean:+.1f} "
+                f"[{100 * low:.1f}, {100 * high:.1f}]{sure}"
+            )
+    found["settings"].append({
+        "task": task.title,
+        "choices given, mean": dict(zip(task.counts, np.mean(given, 0).round(2).tolist(), strict=True)),
+        "calibration error at the most choices": {m: float(np.mean(e)) for m, e in errors.items()},
+        "training": task.training,
+    })  # fmt: skip
+
+
+def _fit(task: Task, parts: Parts, runs: Path, seed: int, steps: int | None) -> dict[str, Predictor]:
+    train, validation, _ = parts
+    linear = HierarchicalLogit(train, components=task.components, seed=seed)
+    taught = train
+    if task.simulated:
+        taught = join(train, linear.simulate(train, task.simulated, seed=seed))
+    settings: dict[str, Any] = {**task.training, "disable_tqdm": True}
+    if steps is not None:
+        settings |= {"max_steps": steps, "eval_steps": min(settings["eval_steps"], steps), "warmup_steps": steps // 10}
+    width = task.latent_width
+    models: dict[str, tuple[RewardConfig, dict[str, Any], ChoiceData]] = {
+        "BTL": (RewardConfig("btl", width), {}, train),
+        "DPL": (RewardConfig("dpl", width), {}, train),
+        "variational (VPL-style)": (
+            RewardConfig(latent_width=width, sampled=True), {"bound": "variational", "kl_weight": 0.01}, train
+        ),
+        "NP-BTL": (RewardConfig(latent_width=width), {}, taught),
+    }  # fmt: skip
+    found: dict[str, Predictor] = {LINEAR: linear.predict}
+    for name, (config, extra, data) in models.items():
+        members = [
+            fit_reward(
+                config,
+                data,
+                validation,
+                runs / f"{_slug(task.title)}-{_slug(name)}-{seed}-{member}",
+                training={**settings, **extra},
+                examples=task.examples,
+                seed=1000 * member + seed,
+                provenance={"data": task.title, "split seed": seed},
+            )
+            for member in range(task.members)
+        ]
+        found[name] = mean_predictor([model_predictor(member) for member in members])
+    return found
+
+
+def join(real: ChoiceData, simulated: ChoiceData) -> ChoiceData:
+    """Real and simulated users of the same options; real ones repeated, so that each half is drawn as often."""
+    times = max(1, len(simulated.users) // len(real.users))
+    users = tuple(f"{name}/{i}" for i in range(times) for name in real.users)
+    return ChoiceData(real.options, real.groups, users + simulated.users, real.choices * times + simulated.choices)
+
+
+def mean_predictor(predictors: Sequence[Predictor]) -> Predictor:
+    """The mean of several predictors' probabilities."""
+    if len(predictors) == 1:
+        return predictors[0]
+
+    def predict(data: ChoiceData, examples: Sequence[Example]) -> list[Floats]:
+        return [np.mean(each, 0) for each in zip(*(p(data, examples) for p in predictors), strict=True)]
+
+    return predict
+
+
+def _slug(text: str) -> str:
+    return "-".join("".join(c if c.isalnum() else " " for c in text.lower()).split())

@@ -1,0 +1,154 @@
+"""NP-DPO on conflicting pairs: one policy, two criteria, told apart by a user's choices alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fssa_fast.data.choices import ChoiceData
+from fssa_fast.data.people import helpful_harmless
+from fssa_fast.evaluation.policies import held_out, implicit_margins
+from fssa_fast.evaluation.rewards import Floats, interval
+from fssa_fast.evaluation.tables import Cell, Table
+from fssa_fast.nn import NPBTL
+from fssa_fast.reproduce.people import TASKS
+from fssa_fast.steering import EncoderConfig, LoraConfig, SteerablePolicy, SteeringConfig
+from fssa_fast.training.data import Preference, PreferenceData
+from fssa_fast.training.fit import ExamplesConfig, RewardConfig, fit_reward
+from fssa_fast.training.fit_policy import standardize_latents
+from fssa_fast.training.policy import NPDPOArguments, NPDPOTrainer, ReferenceCache
+from fssa_fast.training.runs import last_checkpoint
+
+COUNTS = (0, 1, 3, 5, 10)
+MAX_TOKENS = 192
+TRAINING: dict[str, Any] = {
+    "max_steps": 300,
+    "per_device_train_batch_size": 4,
+    "learning_rate": 2e-4,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 15,
+    "logging_steps": 10,
+    "save_steps": 50,
+    "save_total_limit": 2,
+    "beta": 0.1,
+    "likelihood_weight": 0.0,
+}
+
+
+def conflicting(part: ChoiceData, lines: Sequence[dict[str, Any]], tokens: Any) -> dict[str, list[Preference]]:
+    """Each criterion's choices between texts, of the pairs on which both criteria have one, and of which prompt and
+    answers are short enough."""
+    pairs = [{tuple(sorted(pair)) for pair in own.tolist()} for own in part.choices]
+    both = pairs[0] & pairs[1]
+    found: dict[str, list[Preference]] = {}
+    for user, own in zip(part.users, part.choices, strict=True):
+        found[user] = []
+        for chosen, rejected in own.tolist():
+            line = lines[chosen // 2]
+            prompt = line["prompt"] + "\n\nAssistant: "
+            answers = (line["response_a"], line["response_b"])
+            longest = len(tokens(prompt)["input_ids"]) + max(len(tokens(a)["input_ids"]) for a in answers)
+            if tuple(sorted((chosen, rejected))) not in both or longest > MAX_TOKENS - 1 or not all(answers):
+                continue
+            found[user].append(
+                Preference(
+                    prompt,
+                    answers[chosen % 2],
+                    answers[rejected % 2],
+                    line["prompt"],
+                    part.options[[chosen, rejected]],
+                )
+            )
+    return found
+
+
+def reproduce(
+    *,
+    base: str | os.PathLike[str],
+    data: str | os.PathLike[str],
+    seeds: Sequence[int],
+    runs: str | os.PathLike[str] | None = None,
+    steps: int | None = None,
+) -> dict[str, Any]:
+    """Trains a policy with every seed, which also draws the split of prompts; measures implicit rewards on prompts held
+    out.
+
+    Args:
+        base: the base model's directory. data: that of the relabelled pairs.
+        runs: where run directories go, and are gone on from; None keeps none. steps: of training the policy.
+    """
+    with (Path(data) / "pairs.jsonl").open(encoding="utf-8") as file:
+        lines = [json.loads(line) for line in file]
+    shares: dict[str, dict[int, list[Floats]]] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        for seed in seeds:
+            folder = Path(runs or scratch) / f"policy-{seed}"
+            for user, by_count in _one(Path(base), Path(data), lines, folder, seed, steps).items():
+                for count, values in by_count.items():
+                    shares.setdefault(user, {}).setdefault(count, []).append(values)
+    title = "NP-DPO, conflicting pairs held out: implicit reward prefers the chosen answer, %, by choices given"
+    table = Table(title, [str(k) for k in COUNTS], first="criterion")
+    checks = []
+    for user, found in shares.items():
+        table.rows[user] = [Cell(*interval(found[count])) for count in COUNTS]
+        first, last = table.rows[user][0], table.rows[user][-1]
+        above = "above" if last.low is not None and last.low > 0.5 else "NOT above"
+        rising = "rising" if last.mean > first.mean else "NOT rising"
+        checks.append(f"{user}: {rising} with choices; the interval at {COUNTS[-1]} choices is {above} 50 %")
+    return {"tables": [table], "checks": checks, "training": TRAINING}
+
+
+def _one(
+    base: Path, data: Path, lines: Sequence[dict[str, Any]], folder: Path, seed: int, steps: int | None
+) -> dict[str, dict[int, Floats]]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    train, validation, test = helpful_harmless(data, seed=seed)
+    task = TASKS["hh"][0]
+    rewards = {**task.training, "disable_tqdm": True}
+    if steps is not None:
+        rewards |= {"max_steps": steps, "eval_steps": steps, "warmup_steps": 0}
+    reward = fit_reward(
+        RewardConfig(latent_width=task.latent_width), train, validation, folder / "reward", training=rewards,
+        examples=ExamplesConfig(max(COUNTS), 8), seed=seed,
+    )  # fmt: skip
+    assert isinstance(reward, NPBTL)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    users, unseen = (conflicting(part, lines, tokenizer) for part in (train, test))
+    torch.manual_seed(seed)
+    config = SteeringConfig(
+        EncoderConfig(**reward.encoder.config),  # type: ignore[arg-type]
+        film=True,
+        loras=(LoraConfig(("q_proj", "v_proj"), 16),),
+    )
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    policy = SteerablePolicy(model, config, tokenizer=tokenizer, modulation_std=0.1)
+    policy.encoder.load_state_dict(reward.encoder.state_dict())
+    standardize_latents(policy.encoder, users, seed=seed)
+    policy.encoder.requires_grad_(False)  # it knows users already; what is left to learn is how to answer them
+    settings = TRAINING | ({} if steps is None else {"max_steps": steps, "warmup_steps": 0})
+    args = NPDPOArguments(output_dir=str(folder), seed=seed, report_to="none", dataloader_pin_memory=False, **settings)
+    examples = PreferenceData(
+        users, tokenizer, length=args.max_steps * args.train_batch_size, max_context=max(COUNTS), targets=1,
+        max_tokens=MAX_TOKENS, seed=seed,
+    )  # fmt: skip
+    reference = ReferenceCache(folder / "reference.jsonl")
+    trainer = NPDPOTrainer(policy, args, examples, reference=reference)
+    checkpoint = last_checkpoint(folder)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    policy.save_pretrained(folder)
+    divided = held_out(unseen, max_context=max(COUNTS), max_targets=16, repeats=8, seed=seed)
+    found: dict[str, dict[int, Floats]] = {user: {} for user in unseen}
+    for count in COUNTS:
+        margins = implicit_margins(policy, divided, count, reference=reference, max_tokens=MAX_TOKENS)
+        for user in unseen:
+            mine = [(m > 0).astype(float) for m, e in zip(margins, divided, strict=True) if e.user == user]
+            found[user][count] = np.concatenate(mine)
+    return found

@@ -1,0 +1,134 @@
+"""The YAML files that `fssa train` reads: unknown keys, and values of the wrong type, are named by their key."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_type_hints
+
+import yaml
+from transformers import TrainingArguments
+
+from fssa_fast.nn.files import read_text
+from fssa_fast.steering.config import ConfigError, LoraConfig, from_json
+from fssa_fast.training.fit import ExamplesConfig, RewardConfig
+from fssa_fast.training.policy import NPDPOArguments
+from fssa_fast.training.reward import RewardArguments
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the choices are, what embeds their texts (a path; None where they are features), how users are split."""
+
+    path: str
+    embedder: str | None = None
+    split_seed: int = 0
+    shares: tuple[float, ...] = (0.7, 0.1, 0.2)
+
+
+@dataclass(frozen=True)
+class RewardRun:
+    """What `fssa train reward` does. training: `RewardArguments` by name."""
+
+    data: DataConfig
+    output: str
+    model: RewardConfig = field(default_factory=RewardConfig)
+    examples: ExamplesConfig = field(default_factory=ExamplesConfig)
+    training: dict = field(default_factory=dict)
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class PolicyExamplesConfig:
+    """The examples drawn for training a policy; see `PreferenceData`."""
+
+    max_context: int = 10
+    targets: int = 1
+    max_tokens: int = 256
+
+
+@dataclass(frozen=True)
+class PolicyRun:
+    """What `fssa train policy` does.
+
+    base: the base model's directory; dtype: what it is computed in. reward: a reward run whose context encoder the
+    policy takes over, and keeps as it is. latent_width: H, of a fresh encoder. training: `NPDPOArguments` by name.
+    """
+
+    base: str
+    data: DataConfig
+    output: str
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    reward: str | None = None
+    latent_width: int = 64
+    film: bool = True
+    loras: tuple[LoraConfig, ...] = (LoraConfig(),)
+    modulation_std: float = 0.1
+    examples: PolicyExamplesConfig = field(default_factory=PolicyExamplesConfig)
+    training: dict = field(default_factory=dict)
+    seed: int = 0
+
+
+Run = TypeVar("Run", RewardRun, PolicyRun)
+
+
+def read_run_config(cls: type[Run], path: str | os.PathLike[str], settings: Sequence[str] = ()) -> Run:
+    """A configuration from a YAML file, with `a.b=c` settings over it; relative paths in it start at the file.
+
+    Raises: ConfigError naming the file and the key; CheckpointError where the file cannot be read.
+    """
+    content = _yaml(read_text(Path(path)), str(path))
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: expected keys and values, got {type(content).__name__}")
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        if not equals or not name:
+            raise ConfigError(f"--set: expected key=value, got {setting!r}")
+        place = content
+        *parents, last = name.split(".")
+        for parent in parents:
+            place = place.setdefault(parent, {})
+            if not isinstance(place, dict):
+                raise ConfigError(f"--set {setting}: {parent!r} has no keys, it is {place!r}")
+        place[last] = _yaml(value, f"--set {setting}")
+    config: Run = from_json(cls, content, str(path))
+    arguments = RewardArguments if cls is RewardRun else NPDPOArguments
+    checked = check_training(config.training, arguments, f"{path}.training")
+    home = Path(path).resolve().parent
+    data = replace(config.data, path=_at(home, config.data.path), embedder=_at(home, config.data.embedder))
+    config = replace(config, data=data, output=_at(home, config.output), training=checked)
+    if isinstance(config, PolicyRun):
+        config = replace(config, base=_at(home, config.base), reward=_at(home, config.reward))
+    return config
+
+
+def check_training(settings: dict[str, Any], cls: type[TrainingArguments], where: str) -> dict[str, Any]:
+    """Settings of a trainer, checked by name and, where it is a plain one, by type."""
+    hints, names = get_type_hints(cls), {f.name for f in fields(cls) if f.init} - {"output_dir", "seed"}
+    found = {}
+    for name, value in settings.items():
+        if name not in names:
+            raise ConfigError(f"{where}.{name}: unknown key")
+        kind = hints[name]
+        if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
+            try:
+                value = float(value)  # YAML 1.1 reads 3e-4 as a text
+            except ValueError as error:
+                raise ConfigError(f"{where}.{name}: expected a number, got {value!r}") from error
+        if kind in (bool, int, float, str) and type(value) is not kind:
+            raise ConfigError(f"{where}.{name}: expected {kind.__name__}, got {value!r}")
+        found[name] = value
+    return found
+
+
+def _yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where}: not YAML: {error}") from error
+
+
+def _at(home: Path, path: str | None) -> Any:
+    return None if path is None else str(home / path)

@@ -1,0 +1,177 @@
+"""Training a policy in a run directory: what `fssa train policy` does."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PrinterCallback
+
+from fssa_fast.data.choices import split_users
+from fssa_fast.data.files import Choice, DataError, Embed, read_choices
+from fssa_fast.nn import NPBTL, ContextEncoder, RewardModel, pack_choices
+from fssa_fast.steering.config import ConfigError, EncoderConfig, SteeringConfig
+from fssa_fast.steering.embedder import TextEmbedder
+from fssa_fast.steering.policy import SteerablePolicy
+from fssa_fast.training.data import Preference, PreferenceData
+from fssa_fast.training.policy import NPDPOArguments, NPDPOTrainer, ReferenceCache
+from fssa_fast.training.runs import environment, file_hash, last_checkpoint, write_run
+
+if TYPE_CHECKING:
+    from fssa_fast.training.config import DataConfig, PolicyRun
+
+DEFAULTS: Mapping[str, Any] = {
+    "max_steps": 200,
+    "per_device_train_batch_size": 4,
+    "learning_rate": 2e-4,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 10,
+    "logging_steps": 10,
+    "save_steps": 50,
+    "save_total_limit": 2,
+    "report_to": "none",
+    "dataloader_pin_memory": False,
+}
+
+
+def read_preferences(config: DataConfig, embed: Embed) -> list[dict[str, list[Preference]]]:
+    """The choices of training, validation and test users, embedded; choices must be between texts.
+
+    A prompt that is a JSON list is a chat. Raises DataError, naming file and line.
+    """
+    choices = read_choices(config.path)
+    for choice in choices:
+        if not isinstance(choice.chosen, str):
+            raise DataError(f"{config.path}, line {choice.line}: expected texts, for a policy, got features")
+    by_user: dict[str, list[Choice]] = {}
+    for choice in choices:
+        by_user.setdefault(choice.user, []).append(choice)
+    names = sorted(by_user)
+    parts = split_users(len(names), config.split_seed, config.shares)
+    return [preferences({names[i]: by_user[names[i]] for i in part}, embed) for part in parts]
+
+
+def preferences(users: Mapping[str, Sequence[Choice]], embed: Embed) -> dict[str, list[Preference]]:
+    """Users' choices between texts, as the trainer takes them; without a group, a prompt is one."""
+    found = {}
+    for user, own in users.items():
+        texts = [(choice.prompt, str(option)) for choice in own for option in (choice.chosen, choice.rejected)]
+        pairs = embed(texts).view(len(own), 2, -1)
+        found[user] = [
+            Preference(
+                _prompt(c.prompt), str(c.chosen), str(c.rejected), c.prompt if c.group is None else c.group, pair
+            )
+            for c, pair in zip(own, pairs, strict=True)
+        ]
+    return found
+
+
+def _prompt(text: str) -> Any:
+    if text.startswith("[{"):
+        try:
+            return json.loads(text)
+        except ValueError:
+            pass
+    return text
+
+
+@torch.no_grad()
+def standardize_latents(
+    encoder: ContextEncoder, users: Mapping[str, Sequence[Preference]], *, count: int = 5, seed: int = 0
+) -> None:
+    """Shifts and scales the latents, in the encoder's last Linear, to mean 0 and mean square 1 over `users` who made
+    `count` choices: the size that a policy's fresh modulator expects."""
+    draw = torch.Generator().manual_seed(seed)
+    contexts = []
+    for own in (users[name] for name in sorted(users)):
+        for _ in range(max(1, 256 // len(users))):
+            picked = torch.randperm(len(own), generator=draw)[:count].tolist()
+            contexts.append(torch.stack([own[i].pair for i in picked]))
+    packed = pack_choices(contexts, [torch.zeros(len(c), dtype=torch.long) for c in contexts])
+    latents = encoder.latents(*packed)
+    mean = latents.mean(0)
+    scale = (latents - mean).square().mean().sqrt()
+    width = encoder.latent_width  # a sampled latent's deviation scales with it, but goes through softplus: left alone
+    encoder.outer1.bias[:width].sub_(mean).div_(scale)
+    encoder.outer1.weight[:width].div_(scale)
+
+
+def fit_policy(config: PolicyRun, *, resume: bool = False, quiet: bool = False) -> SteerablePolicy:
+    """Trains a policy as configured; it, its checkpoints and run.json are in the output directory afterwards.
+
+    Args:
+        resume: goes on from the last whole checkpoint, where there is one. quiet: prints nothing.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if config.data.embedder is None:
+        raise ConfigError("data.embedder: expected the path of a text encoder, got none")
+    embedder = TextEmbedder.from_pretrained(config.data.embedder)
+    train, _, _ = read_preferences(config.data, embedder.encode)
+    encoder = None
+    if config.reward is not None:
+        reward = RewardModel.from_pretrained(config.reward)
+        if not isinstance(reward, NPBTL):
+            raise ConfigError(f"reward: expected an np-btl model, got {reward.kind} in {config.reward}")
+        encoder = reward.encoder
+    steering = SteeringConfig(
+        EncoderConfig(embedder.width, config.latent_width, inner="mlp", dropout=0.0)
+        if encoder is None
+        else EncoderConfig(**encoder.config),  # type: ignore[arg-type]
+        config.film,
+        config.loras,
+    )
+    torch.manual_seed(config.seed)
+    base = AutoModelForCausalLM.from_pretrained(config.base, dtype=getattr(torch, config.dtype))
+    policy = SteerablePolicy(
+        base,
+        steering,
+        tokenizer=AutoTokenizer.from_pretrained(config.base),
+        embedder=embedder,
+        modulation_std=config.modulation_std,
+    )
+    if encoder is not None:
+        policy.encoder.load_state_dict(encoder.state_dict())
+        standardize_latents(policy.encoder, train, seed=config.seed)
+        policy.encoder.requires_grad_(False)
+    settings = {**DEFAULTS, "disable_tqdm": quiet, **config.training}
+    args = NPDPOArguments(output_dir=config.output, seed=config.seed, **settings)
+    length = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    data = PreferenceData(
+        train,
+        policy.tokenizer,
+        length=length,
+        max_context=config.examples.max_context,
+        targets=config.examples.targets,
+        max_tokens=config.examples.max_tokens,
+        seed=config.seed,
+    )
+    record = {
+        "what": "policy",
+        "config": asdict(config),
+        "data": {"path": config.data.path, "sha256": file_hash(config.data.path), "training users": sorted(train)},
+        "training": settings,
+        "environment": environment(),
+    }
+    reference = ReferenceCache(Path(config.output) / "reference.jsonl")
+    trainer = NPDPOTrainer(policy, args, data, reference=reference)
+    if quiet:
+        trainer.remove_callback(PrinterCallback)
+    main = trainer.is_world_process_zero()
+    if main:
+        write_run(config.output, {**record, "status": "running"})
+    checkpoint = last_checkpoint(config.output) if resume else None
+    begin = time.perf_counter()
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    policy.users.refresh()
+    if main:
+        policy.save_pretrained(config.output)
+        finished = {"status": "finished", "seconds": round(time.perf_counter() - begin, 1)}
+        log = trainer.state.log_history
+        write_run(config.output, {**record, **finished, "steps": trainer.state.global_step, "log": log})
+    return policy

@@ -1,0 +1,74 @@
+"""The reproductions, on a small scale: that they train, measure on what is held out, and say what they found."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from fssa_fast import cli
+from fssa_fast.data.synthetic import bayes_optimum, disagreement, reward, synthetic
+from fssa_fast.nn import NPBTL, RewardModel
+from fssa_fast.reproduce.synthetic import COUNTS, MODELS, reproduce
+from fssa_fast.training.runs import read_run
+
+
+def test_the_synthetic_task_is_the_published_one() -> None:
+    parts = synthetic()
+    sizes = [len(part.choices[0]) for part in parts]
+    assert sum(sizes) == 20_000 and sizes[0] > 15_800 and min(sizes) > 1_900
+    assert disagreement(parts[2]) == pytest.approx(0.469, abs=5e-4)
+    assert [round(100 * bayes_optimum(disagreement(parts[2]), k), 1) for k in COUNTS] == [76.5, 87.5, 96.5, 99.0, 100.0]
+    for part in parts:
+        for which, own in enumerate(part.choices):
+            values = reward(which, part.options[:, 0].double().numpy())[own]
+            assert (values[:, 0] >= values[:, 1] - 1e-6).all() and len(np.unique(part.groups[own[:, 0]])) == len(own)
+    rows = [{tuple(row) for row in part.options.view(-1, 2).tolist()} for part in parts]
+    assert not rows[0] & rows[2] and not rows[1] & rows[2]
+
+
+def test_rewards_learn_the_synthetic_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fssa_fast.reproduce.synthetic.REPEATS", 50)
+    models = {name: MODELS[name] for name in ("BTL", "NP-BTL")}
+    found = reproduce(seeds=[0], runs=tmp_path, steps=100, models=models)
+    table = found["tables"][0]
+    np_btl, btl = ([cell.mean for cell in table.rows[name]] for name in ("NP-BTL", "BTL"))
+    assert np_btl[-1] > 0.9 and np_btl[-1] > np_btl[0] + 0.1 and len(set(btl)) == 1 and 0.6 < btl[0] < 0.8
+    assert len(found["checks"]) == len(COUNTS) and "NOT within" in " ".join(found["checks"])
+    assert "| NP-BTL |" in table.markdown() and table.csv().startswith("model,column,mean,low,high\nBTL,0,")
+    run = read_run(tmp_path / "np-btl-0")
+    assert run["status"] == "finished" and run["steps"] == 100 and run["seed"] == 0 and run["data"] == "synthetic"
+    assert run["training"]["max_steps"] == 100 and "torch" in run["environment"]["packages"]
+    assert isinstance(RewardModel.from_pretrained(tmp_path / "np-btl-0"), NPBTL)
+
+
+def test_the_command_writes_what_it_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fssa_fast.reproduce.synthetic.REPEATS", 4)
+    path = tmp_path / "found.json"
+    done = CliRunner().invoke(cli.app, ["reproduce", "synthetic", "--seeds", "1", "--steps", "2", "--json", str(path)])
+    assert done.exit_code == 0, done.output
+    content = json.loads(path.read_text())
+    assert content["result"] == "synthetic" and content["seeds"] == 1 and content["checks"]
+    rows = content["tables"][0]["mean, low, high"]
+    assert set(rows) == {*MODELS, "Bayes optimum"}
+    for cells in rows.values():
+        mean, low, high = cells["10"]
+        assert low is None or low <= mean <= high
+    assert "| Bayes optimum | 76.55 |" in done.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["polis"], "--data: expected the data set's directory"),
+        (["synthetic", "--data", "x"], "--data: expected none"),
+        (["synthetic", "--base", "x"], "--base: expected no"),
+        (["policy", "--data", "x"], "--base: expected a base"),
+    ],
+)
+def test_what_a_result_needs_is_named(arguments: list[str], message: str) -> None:
+    done = CliRunner().invoke(cli.app, ["reproduce", *arguments])
+    assert done.exit_code != 0 and message in str(done.exception)
