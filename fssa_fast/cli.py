@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from fssa_fast.commands import chat, generate, users
+
 app = typer.Typer(
     name="fssa",
     help="Per-user steering of language models at the speed of the plain model.",
@@ -51,6 +53,11 @@ def import_reference(
     else:
         SteerablePolicy.from_reference(directory, base).save_pretrained(out)
     typer.echo(f"{out}: written")
+
+
+app.command()(generate.generate)
+app.command()(chat.chat)
+app.add_typer(users.app, name="users")
 
 
 def main() -> None:

@@ -1,0 +1,1 @@
+"""The commands of `fssa`, one module each."""
