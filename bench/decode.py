@@ -79,7 +79,8 @@ class Bench:
 
     def __init__(self, base: Any, policy: SteerablePolicy, rank: int, rows: int, length: int) -> None:
         self.base, self.policy, self.rank, self.rows, self.length = base, policy, rank, rows, length
-        self.prompt = torch.randint(1000, 40000, (rows, length), generator=torch.Generator().manual_seed(1))
+        draw = torch.Generator().manual_seed(1)
+        self.prompt = torch.randint(base.config.vocab_size, (rows, length), generator=draw)
         self.names = [f"user{i}" for i in range(rows)]
         self.slots = torch.tensor([policy.users.slot(name) for name in self.names], dtype=torch.int32)
 
@@ -89,10 +90,9 @@ class Bench:
             yield system, getattr(self, system.removesuffix("_base").removesuffix("_one_user"))(system)
 
     def _dynamic(self, forward: Callable[..., Any], rows: int | None = None) -> Step:
-        ids = self.prompt[:rows]
-        cache = DynamicCache()
-        logits = forward(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-        token = logits[:, -1].argmax(-1, keepdim=True)
+        ids, cache = self.prompt[:rows], DynamicCache()
+        forward(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        token = ids[:, :1]
 
         def step() -> Tensor:
             output = forward(input_ids=token, past_key_values=cache, use_cache=True)
@@ -232,7 +232,7 @@ def stream(policy: SteerablePolicy, count: int, rows: int, step_ms: float) -> di
     users = [f"user{i}" for i in range(min(count // 2, len(policy.users)))]
     requests: list[dict[str, Any]] = [
         {
-            "prompt": [draw.randrange(1000, 40000) for _ in range(draw.randint(4, 48))],
+            "prompt": [draw.randrange(policy.config.vocab_size) for _ in range(draw.randint(4, 48))],
             "user": draw.choice(users),
             "max_new_tokens": draw.randint(16, 96),
         }

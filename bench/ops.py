@@ -119,8 +119,10 @@ def context_cases(dtype: torch.dtype) -> Iterator[Case]:
                     pairs = torch.randn(users * count, 2, embedding).to(dtype)
                     choices = torch.randint(2, (users * count,))
                     offsets = torch.arange(users + 1) * count
-                    yield "context", f"{users} users of {count}, E {embedding}, {inner}, {pooling}", _context_sides(
-                        pairs, choices, offsets, w, inner, pooling, heads
+                    yield (
+                        "context",
+                        f"{users} users of {count}, E {embedding}, {inner}, {pooling}",
+                        _context_sides(pairs, choices, offsets, w, inner, pooling, heads),
                     )
 
 

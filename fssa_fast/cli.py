@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fssa_fast.commands import data, train
+from fssa_fast.commands import chat, data, generate, train, users
 from fssa_fast.commands.ask import ask
 from fssa_fast.commands.evaluate import compare, evaluate
 from fssa_fast.commands.plot import plot
@@ -59,10 +59,11 @@ def import_reference(
     typer.echo(f"{out}: written")
 
 
+app.add_typer(users.app, name="users")
 app.add_typer(train.app, name="train")
 app.add_typer(data.app, name="data")
 app.command("eval")(evaluate)
-for command in (ask, compare, plot, reproduce):
+for command in (generate.generate, chat.chat, ask, compare, plot, reproduce):
     app.command()(command)
 
 

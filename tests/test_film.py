@@ -135,9 +135,7 @@ def test_any_shape(backend, rows, width, slots, seed):
     grads = normal(rows, width), normal(rows, width)
     with running(backend):
         check_parity(film_norm(*args), film_norm_reference, args)
-        check_parity(
-            torch.ops.fssa.film_norm_backward(*grads, *args), film_norm_backward_reference, (*grads, *args)
-        )
+        check_parity(torch.ops.fssa.film_norm_backward(*grads, *args), film_norm_backward_reference, (*grads, *args))
 
 
 @pytest.mark.parametrize("backend", cpu_backends())

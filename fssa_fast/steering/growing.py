@@ -82,7 +82,7 @@ class GrowingContext:
         queries, keys, values, sums = (table[:, :n] for table in self._tables[:4])
         highest, totals = (table[:, :n] for table in self._tables[4:])
         # What the new key and value change for the queries before: [heads, n].
-        scores = torch.bmm(queries, key.unsqueeze(-1)).squeeze(-1).mul_(scale)
+        scores = torch.bmm(key.unsqueeze(1), queries.mT).squeeze(1).mul_(scale)
         if (scores > highest).any():
             higher = torch.maximum(scores, highest)
             shrink = (highest - higher).exp_()
@@ -91,12 +91,12 @@ class GrowingContext:
             highest.copy_(higher)
         weights = (scores - highest).exp_()
         totals.add_(weights)
-        sums.baddbmm_(weights.unsqueeze(-1), value.unsqueeze(1))
+        sums.addcmul_(weights.unsqueeze(-1), value.unsqueeze(1))
         # The new query, over all keys with its own.
         for table, new in zip(self._tables[:3], (query, key, value), strict=True):
             table[:, n] = new
         keys, values = (table[:, : n + 1] for table in self._tables[1:3])
-        scores = torch.bmm(keys, query.unsqueeze(-1)).squeeze(-1).mul_(scale)
+        scores = torch.bmm(query.unsqueeze(1), keys.mT).squeeze(1).mul_(scale)
         top = scores.max(-1, keepdim=True).values
         weights = (scores - top).exp_()
         self._tables[3][:, n] = torch.bmm(weights.unsqueeze(1), values).squeeze(1)

@@ -150,6 +150,8 @@ class SqliteStore:
                 "version of fssa_fast"
             )
         with self._errors():
+            if empty:
+                self._db.execute("PRAGMA page_size = 16384")  # pages that embeddings fill
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = FULL")
             self._db.execute("PRAGMA secure_delete = ON")  # what is removed is not left in free pages

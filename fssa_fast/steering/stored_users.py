@@ -8,6 +8,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -103,10 +104,16 @@ class StoredUsers(Users):
         with self._lock:
             return self._commit(self._new(users))
 
-    def import_many(self, users: Mapping[str, Sequence[Choice]]) -> None:
-        """Adds any number of users, encoded together, all or none, without fetching them."""
+    def import_many(
+        self, users: Mapping[str, Sequence[Choice]], strengths: Mapping[str, float] = MappingProxyType({})
+    ) -> None:
+        """Adds any number of users, encoded together, all or none, without fetching them; strengths: 1 if not named."""
         with self._lock:
-            self._at_rest.put(self._new(users))
+            new = self._new(users)
+            found = [_finite("strengths", strengths.get(change.user.name, 1.0)) for change in new]
+            self._at_rest.put(
+                [replace(c, user=replace(c.user, strength=one)) for c, one in zip(new, found, strict=True)]
+            )
 
     def update(self, name: str, choices: Sequence[Choice]) -> User:
         """Replaces a user's choices."""

@@ -1,0 +1,66 @@
+"""Files of JSON lines, read with the line named where something is wrong, and choices as lines hold them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fssa_fast.steering.choices import Choice
+    from fssa_fast.steering.store import Option
+
+
+def read_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a file, a line each, with where they stand; empty lines are left out.
+
+    Raises ValueError for a line that is no JSON object.
+    """
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            where = f"{path}:{number}"
+            if not line.strip():
+                continue
+            try:
+                found = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{where}: not JSON: {error}") from error
+            if not isinstance(found, dict):
+                raise ValueError(f"{where}: expected an object, got {line.strip()!r:.80}")
+            yield where, found
+
+
+def check_keys(where: str, found: Mapping[str, Any], required: set[str], optional: set[str] = frozenset()) -> None:  # type: ignore[assignment]
+    """Raises ValueError for a key that is missing or not known."""
+    for name in sorted(required - found.keys()):
+        raise ValueError(f"{where}: expected a {name!r}, got {sorted(found)}")
+    for name in sorted(found.keys() - required - optional):
+        raise ValueError(f"{where}: expected keys of {sorted(required | optional)}, got {name!r}")
+
+
+def choice_of(where: str, found: Any) -> Choice:
+    """A choice from {"chosen", "rejected"} and perhaps "prompt": texts, or embeddings as lists of numbers."""
+    import torch
+
+    from fssa_fast.steering.choices import Choice
+
+    if not isinstance(found, dict):
+        raise ValueError(f"{where}: expected a choice as an object, got {found!r:.80}")
+    check_keys(where, found, {"chosen", "rejected"}, {"prompt"})
+    try:
+        sides = [side if isinstance(side, str) else torch.tensor(side).float() for side in _sides(found)]
+        return Choice(sides[0], sides[1], found.get("prompt", ""))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _sides(found: Mapping[str, Any]) -> tuple[Any, Any]:
+    return found["chosen"], found["rejected"]
+
+
+def object_of(chosen: Option, rejected: Option) -> dict[str, Any]:
+    """What `choice_of` reads: texts where both sides were texts, else embeddings."""
+    if chosen.text is not None and rejected.text is not None:
+        return {"prompt": chosen.prompt, "chosen": chosen.text, "rejected": rejected.text}
+    return {"chosen": chosen.embedding.tolist(), "rejected": rejected.embedding.tolist()}

@@ -1,0 +1,29 @@
+"""The options that commands share, and what they name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from fssa_fast.steering import SteerablePolicy
+
+Policy = Annotated[Path, typer.Argument(help="A saved policy: the folder with steering.json.")]
+Base = Annotated[str | None, typer.Option(help="The base model's path, if not the one that the policy names.")]
+Embedder = Annotated[str | None, typer.Option(help="The embedder's path, if not the one that the policy names.")]
+StoreOption = Annotated[Path | None, typer.Option(help="The users' database, made where there is none.")]
+Store = Annotated[Path, typer.Option(help="The users' database.")]
+
+
+def load_policy(
+    directory: Path, base: str | None, embedder: str | None, store: Path | None, room: int = 64
+) -> SteerablePolicy:
+    """The policy on its base model, with its users in that store; room for so many of them at once."""
+    from fssa_fast.steering import SteerablePolicy
+
+    policy = SteerablePolicy.from_pretrained(directory, base, embedder=embedder, capacity=room)
+    if store is not None:
+        policy.use_store(store)
+    return policy
