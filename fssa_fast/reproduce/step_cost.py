@@ -134,7 +134,7 @@ class ReferenceStep:
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
-        return float(loss)
+        return float(loss.detach())
 
 
 class OurStep:
@@ -163,7 +163,7 @@ class OurStep:
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
-        return float(loss)
+        return float(loss.detach())
 
 
 MAKE: dict[str, Callable[[Any], Callable[[dict[str, Any]], float]]] = {
