@@ -163,7 +163,7 @@ def test_nan_is_named_and_checkpoints_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize("bound", ["reference", "neural-process", "variational"])
 def test_sampled_latents_train_under_every_bound(bound: str, tmp_path: Path) -> None:
     train, _, _ = synthetic()
-    training = small(bound=bound, samples=2, embedding_noise=0.1, kl_warmup_steps=3)
+    training = small(bound=bound, samples=2, embedding_noise=0.1, kl_warmup_ratio=0.3)
     model = fit_reward(RewardConfig(latent_width=8, sampled=True), train, None, tmp_path, training=training)
     assert all(torch.isfinite(p).all() for p in model.parameters())
 

@@ -40,7 +40,7 @@ def reproduce(
     elif name == "policy":
         from fssa_fast.reproduce.policy import reproduce as run_policy
 
-        found = run_policy(base=base, data=directory, runs=runs, **options)
+        found = run_policy(base=base or Path(), data=directory, runs=runs, **options)
     else:
         from fssa_fast.reproduce.people import reproduce as run_people
 

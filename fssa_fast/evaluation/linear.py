@@ -128,17 +128,20 @@ class HierarchicalLogit:
             utility = dict.fromkeys(np.unique(asked).tolist(), 0.0)
             for option in utility:
                 utility[option] = float(features[option] @ weights + rng.gumbel())
-            choices.append(self._answers(asked, utility))
+            choices.append(_answers(asked, data.groups, utility))
         return ChoiceData(data.options, data.groups, tuple(f"simulated/{i}" for i in range(count)), tuple(choices))
 
-    @staticmethod
-    def _answers(asked: Indices, utility: dict[int, float]) -> Indices:
-        """The best of each question, preferred to every other; questions are told by their chosen option."""
-        questions: dict[int, list[int]] = {}
-        for chosen, rejected in asked.tolist():
-            questions.setdefault(chosen, [chosen]).append(rejected)
-        found = []
-        for options in questions.values():
-            best = max(options, key=utility.__getitem__)
-            found += [(best, other) for other in options if other != best]
-        return np.array(found, dtype=np.int64)
+
+def _answers(asked: Indices, groups: Indices, utility: dict[int, float]) -> Indices:
+    """The best of each question, preferred to every other. Pairs of one group are one question."""
+    questions: dict[tuple[int, int], list[int]] = {}
+    for number, (chosen, rejected) in enumerate(asked.tolist()):
+        group = int(groups[chosen])
+        key = (group, -1) if group == groups[rejected] else (group, number)
+        options = questions.setdefault(key, [])
+        options += [option for option in (chosen, rejected) if option not in options]
+    found = []
+    for options in questions.values():
+        best = max(options, key=utility.__getitem__)
+        found += [(best, other) for other in options if other != best]
+    return np.array(found, dtype=np.int64)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 
 from fssa_fast.data.choices import ChoiceData, Example, held_out_examples
 from fssa_fast.data.people import Parts, helpful_harmless, polis, stated_choice
@@ -32,6 +33,7 @@ class Task:
     examples: ExamplesConfig
     latent_width: int = 64
     components: int | None = None  # of the linear baseline
+    compress: int | None = None  # principal components of the options that every model sees
     simulated: int = 0  # users drawn from the linear baseline that join the training users
     members: int = 1  # models whose probabilities are averaged
     repeats: int = 4  # draws of context and targets a test user
@@ -88,9 +90,10 @@ TASKS: dict[str, tuple[Task, ...]] = {
             "Helpful and harmless, conflicting pairs",
             lambda directory, seed: helpful_harmless(directory, seed=seed),
             (0, 1, 3, 5, 10),
-            {**TEXT, "embedding_noise": 0.3},
-            ExamplesConfig(20, 32),
-            components=64,
+            {**TEXT, "embedding_noise": 0.3, "max_steps": 800, "eval_steps": 50, "learning_rate": 3e-3},
+            ExamplesConfig(30, 32),
+            latent_width=32,
+            compress=32,
             repeats=200,
             by_example=True,
         ),
@@ -127,7 +130,7 @@ def _reproduce(
     given: list[Floats] = []
     with tempfile.TemporaryDirectory() as scratch:
         for seed in seeds:
-            parts = task.load(data, seed)
+            parts = compress(task.load(data, seed), task.compress)
             examples = held_out_examples(
                 parts[2], max_context=max(task.counts), repeats=task.repeats, share=task.share, seed=seed
             )
@@ -209,6 +212,18 @@ def _fit(task: Task, parts: Parts, runs: Path, seed: int, steps: int | None) -> 
         ]
         found[name] = mean_predictor([model_predictor(member) for member in members])
     return found
+
+
+def compress(parts: Parts, components: int | None) -> Parts:
+    """The parts with their options' first principal components, those of the options that training users chose
+    among; None leaves them as they are."""
+    if components is None:
+        return parts
+    seen = parts[0].options[torch.from_numpy(np.unique(np.concatenate(parts[0].choices)))]
+    mean = seen.mean(0)
+    basis = torch.linalg.svd(seen - mean, full_matrices=False).Vh[:components].T
+    train, validation, test = (replace(part, options=(part.options - mean) @ basis) for part in parts)
+    return train, validation, test
 
 
 def join(real: ChoiceData, simulated: ChoiceData) -> ChoiceData:

@@ -102,7 +102,8 @@ class ReferenceStep:
         from fssa_fast.nn import ContextEncoder
 
         self.reference = copy.deepcopy(base).requires_grad_(False)
-        self.policy, self.latents = base.requires_grad_(False), {}
+        self.policy = base.requires_grad_(False)
+        self.latents: dict[str, Tensor] = {}
         width = base.config.hidden_size
         for number, block in enumerate(base.model.layers):
             for name in TARGETS:
@@ -133,7 +134,7 @@ class ReferenceStep:
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
-        return float(loss)
+        return float(loss.detach())
 
 
 class OurStep:
@@ -162,7 +163,7 @@ class OurStep:
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
-        return float(loss)
+        return float(loss.detach())
 
 
 MAKE: dict[str, Callable[[Any], Callable[[dict[str, Any]], float]]] = {

@@ -30,7 +30,9 @@ class RewardArguments(TrainingArguments):
         "reference": from q(z|context); KL(q(z|context) || q(z|context and targets)).
         "neural-process": from q(z|context and targets); KL(q(z|context and targets) || q(z|context)).
         "variational": from q(z|context); KL(q(z|context) || a standard normal).
-    kl_weight: of the divergence, against the likelihood of one target. kl_warmup_steps: rising to it from 0, linearly.
+    kl_weight: of the divergence, against the likelihood of one target. kl_warmup_ratio: the share of the run in which
+        it rises to that from 0. Without a rise latents collapse: nothing is lost by q that does not know users while
+        rewards do not use latents yet.
     samples: of each latent.
     embedding_noise: standard deviation, in units of the options' own, of what is added to them in training: it keeps a
         model from learning single options by heart.
@@ -38,13 +40,15 @@ class RewardArguments(TrainingArguments):
 
     bound: str = "neural-process"
     kl_weight: float = 0.05
-    kl_warmup_steps: int = 0
+    kl_warmup_ratio: float = 0.5
     samples: int = 1
     embedding_noise: float = 0.0
 
     def __post_init__(self) -> None:
         if self.bound not in BOUNDS:
             raise ValueError(f"bound: expected one of {BOUNDS}, got {self.bound!r}")
+        if not 0 <= self.kl_warmup_ratio <= 1:
+            raise ValueError(f"kl_warmup_ratio: expected a number in [0, 1], got {self.kl_warmup_ratio}")
         if self.samples < 1 or self.kl_weight < 0 or self.embedding_noise < 0:
             raise ValueError(
                 f"samples, kl_weight, embedding_noise: expected >= 1, >= 0 and >= 0, got {self.samples}, "
@@ -165,7 +169,7 @@ class RewardTrainer(NamesNaN, Trainer):
         if self.args.embedding_noise:
             size = self.args.embedding_noise * self._spread
             inputs = inputs | {n: inputs[n] + size * torch.randn_like(inputs[n]) for n in ("pairs", "targets")}
-        warmup = self.args.kl_warmup_steps
+        warmup = self.args.kl_warmup_ratio * self.state.max_steps
         weight = self.args.kl_weight * (min(1.0, self.state.global_step / warmup) if warmup else 1.0)
         return model(inputs, weight)
 

@@ -1,0 +1,249 @@
+"""The commands that make, train, measure, compare and draw, and the examples, on small made-up people."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_embedder import make_bert
+from tiny import make_model, make_tokenizer
+from typer.testing import CliRunner
+
+from fssa_fast import SteerablePolicy, cli
+from fssa_fast.data.choices import held_out_examples
+from fssa_fast.data.files import Choice, choice_data, read_choices, write_choices
+from fssa_fast.evaluation.linear import HierarchicalLogit
+from fssa_fast.evaluation.questions import ask, expected_information
+from fssa_fast.evaluation.rewards import Scores, interval, score, truncate
+from fssa_fast.nn import NPBTL, RewardModel
+from fssa_fast.training.runs import read_run
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def run(*arguments: object) -> str:
+    done = CliRunner().invoke(cli.app, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def write_people(folder: Path, users: int = 60, items: int = 40) -> tuple[Path, Path]:
+    """Tables of items with two features, and of ratings by people who like either the first or the second."""
+    rng = np.random.default_rng(0)
+    features = rng.standard_normal((items, 2)).round(3)
+    table = "item,first,second\n" + "".join(f"i{i},{a},{b}\n" for i, (a, b) in enumerate(features))
+    rows = []
+    for user in range(users):
+        for i in rng.permutation(items)[:16]:
+            rows.append(f"u{user:02},i{i},{features[i, user % 2] + 0.05 * rng.standard_normal():.4f}\n")
+    (folder / "items.csv").write_text(table)
+    (folder / "ratings.csv").write_text("user,item,value\n" + "".join(rows))
+    return folder / "ratings.csv", folder / "items.csv"
+
+
+@pytest.fixture(scope="module")
+def people(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with choices, and two reward runs on them: of points, and of sampled latents."""
+    folder = tmp_path_factory.mktemp("people")
+    ratings, items = write_people(folder)
+    output = run("data", "make-choices", ratings, folder, "--kind", "ratings", "--items", items, "--max-pairs", 40)
+    assert "2400 choices of 60 users; 0 users had too few" in output
+    config = folder / "reward.yaml"
+    config.write_text(
+        "data: {path: choices.jsonl}\noutput: np\nmodel: {latent_width: 16}\n"
+        "training: {max_steps: 250, eval_steps: 125, warmup_steps: 5, learning_rate: 1e-2, disable_tqdm: true}\n"
+    )
+    run("train", "reward", config)
+    run("train", "reward", config, "--set", "model.sampled=true", "--set", "output=sampled")
+    run("train", "reward", config, "--set", "model.kind=btl", "--set", "output=btl", "--set", "training.max_steps=20",
+        "--set", "training.eval_steps=20")  # fmt: skip
+    return folder
+
+
+def test_a_trained_reward_is_measured_on_its_held_out_users(people: Path) -> None:
+    found = people / "eval.json"
+    output = run("eval", people / "np", "--counts", "0,1,10", "--json", found)
+    rows = json.loads(found.read_text())["tables"][0]["mean, low, high"]["accuracy"]
+    assert rows["10"][0] > 0.8 and rows["10"][0] > rows["0"][0] + 0.1 and rows["10"][1] < rows["10"][0] < rows["10"][2]
+    assert "expected calibration error" in output
+    record = read_run(people / "np")
+    split = record["users"]
+    assert len(split["training"]) == 42 and len(split["test"]) == 12 and not set(split["training"]) & set(split["test"])
+    assert record["config"]["model"]["latent_width"] == 16 and len(record["data"]["sha256"]) == 64
+    assert isinstance(RewardModel.from_pretrained(people / "np"), NPBTL)
+
+
+def test_two_rewards_are_compared(people: Path) -> None:
+    found = people / "compare.json"
+    output = run("compare", people / "np", people / "btl", "--counts", "0,10", "--json", found)
+    rows = json.loads(found.read_text())["tables"][0]["mean, low, high"]
+    assert rows["A - B"]["10"][1] > 0 and "A - B" in output
+    same = run("compare", people / "np", people / "np", "--counts", "3")
+    assert "| A - B | 0.0 [0.0, 0.0] |" in same
+
+
+def test_plots_are_drawn(people: Path, tmp_path: Path) -> None:
+    run("eval", people / "np", "--json", tmp_path / "e.json")
+    for source in (tmp_path / "e.json", people / "np"):
+        run("plot", source, tmp_path / "out.png")
+        assert (tmp_path / "out.png").read_bytes().startswith(PNG)
+        (tmp_path / "out.png").unlink()
+    for source, out, message in (
+        (people / "np", "x.pdf", "ends in .png"),
+        (people / "choices.json", "x.png", "tables"),
+    ):
+        done = CliRunner().invoke(cli.app, ["plot", str(source), str(tmp_path / out)])
+        assert done.exit_code and message in str(done.exception)
+
+
+def test_a_run_whose_data_changed_is_named(people: Path, tmp_path: Path) -> None:
+    record = json.loads((people / "np" / "run.json").read_text())
+    record["data"]["sha256"] = "0" * 64
+    copy = tmp_path / "run"
+    copy.mkdir()
+    (copy / "run.json").write_text(json.dumps(record))
+    done = CliRunner().invoke(cli.app, ["eval", str(copy)])
+    assert done.exit_code and "expected the file the run was trained on" in str(done.exception)
+
+
+# ---------------------------------------------------------------- questions
+
+
+def test_questions_that_tell_users_apart_come_first(people: Path, tmp_path: Path) -> None:
+    model = NPBTL.from_pretrained(people / "sampled")
+    clear = torch.tensor([[[2.0, -2.0], [-2.0, 2.0]]])  # the two kinds of people disagree
+    alike = torch.tensor([[[2.0, 2.0], [-2.0, -2.0]]])  # nobody does
+    both = torch.cat([clear, alike])
+    before = expected_information(model, torch.empty(0, 2, 2), both)
+    assert before[0] > 0.1 and before[0] > 3 * before[1] and (before >= 0).all() and before[0] < np.log(2) + 1e-3
+    after = expected_information(model, clear.repeat(6, 1, 1), both)
+    assert after[0] < 0.5 * before[0]
+    write_choices(tmp_path / "pool.jsonl", [Choice("u", *(tuple(o.tolist()) for o in pair)) for pair in both.flip(0)])
+    (tmp_path / "known.jsonl").write_text("")
+    output = run("ask", people / "sampled", tmp_path / "known.jsonl", tmp_path / "pool.jsonl")
+    assert output.splitlines()[0].split("\t")[1] == "line 2" and len(output.splitlines()) == 2
+    with pytest.raises(ValueError, match="model: expected sampled latents"):
+        expected_information(NPBTL.from_pretrained(people / "np"), torch.empty(0, 2, 2), both)
+    data = choice_data(read_choices(tmp_path / "pool.jsonl"))
+    known, pool = data.choices[0][:0], data.choices[0]
+    assert ask(model, data, known, pool) == 1
+    with pytest.raises(ValueError, match="pool"):
+        ask(model, data, known, known)
+
+
+# ---------------------------------------------------------------- measuring
+
+
+def test_scores_by_hand() -> None:
+    scores = Scores(np.array([7, 7, 9]), [np.array([0.9, 0.2]), np.array([0.5]), np.array([0.6, 0.8, 0.7, 0.4])])
+    assert scores.accuracies.tolist() == [0.5, 0.75] and scores.accuracy == 0.625
+    one = (-np.log([0.9, 0.2]).mean() - np.log(0.5)) / 2
+    two = -np.log([0.6, 0.8, 0.7, 0.4]).mean()
+    assert scores.nll == pytest.approx((one + two) / 2)
+    perfect = Scores(np.arange(4), [np.array([0.75])] * 3 + [np.array([0.25])])
+    assert perfect.calibration_error == pytest.approx(0) and perfect.calibration() == [(0.75, 0.75, 4)]
+    mean, low, high = interval([np.array([0.0, 1.0] * 50), np.array([1.0] * 100)])
+    assert mean == 0.75 and 0.68 < low < 0.73 and 0.77 < high < 0.82
+
+
+def test_the_linear_model_finds_linear_people(people: Path) -> None:
+    data = choice_data(read_choices(people / "choices.jsonl"))
+    train, test = data.of_users(range(40)), data.of_users(range(40, 60))
+    linear = HierarchicalLogit(train, iterations=15)
+    examples = held_out_examples(test, max_context=10, repeats=2)
+    shares = [score(linear.predict, test, truncate(examples, count)).accuracy for count in (0, 10)]
+    assert shares[1] > 0.85 and shares[1] > shares[0] + 0.1
+    simulated = linear.simulate(train, 50, seed=1)
+    taken = [score(linear.predict, simulated, truncate(held_out_examples(simulated, max_context=10), k)).accuracy
+             for k in (0, 10)]  # fmt: skip
+    assert len(simulated.users) == 50 and taken[1] > taken[0] + 0.03
+
+
+# ---------------------------------------------------------------- policies and examples
+
+
+def write_texts(path: Path) -> Path:
+    """Users who want answers of low words, and users who want high ones; six prompts."""
+    choices = []
+    for user in range(10):
+        for topic in range(6):
+            answers = (f"w{6 + topic} w7 w8", f"w{40 + topic} w50 w51")[:: 1 if user % 2 else -1]
+            choices.append(Choice(f"u{user}", *answers, prompt=f"w{20 + topic} w30"))
+    write_choices(path, choices)
+    return path
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny base model, a tiny text encoder and choices between texts."""
+    folder = tmp_path_factory.mktemp("models")
+    make_model().save_pretrained(folder / "model")
+    make_tokenizer().save_pretrained(folder / "model")
+    make_bert().save_pretrained(folder / "encoder")
+    make_tokenizer().save_pretrained(folder / "encoder")
+    write_texts(folder / "choices.jsonl")
+    return folder
+
+
+def test_a_policy_is_trained_measured_and_compared(models: Path) -> None:
+    config = models / "policy.yaml"
+    config.write_text(
+        "base: model\ndata: {path: choices.jsonl, embedder: encoder}\noutput: policy\nlatent_width: 16\n"
+        "loras: [{targets: [q_proj, v_proj], rank: 4}]\n"
+        "training: {max_steps: 30, learning_rate: 5e-3, warmup_steps: 0, likelihood_weight: 0.0, disable_tqdm: true,\n"
+        "  use_cpu: true, save_steps: 15}\n"
+    )
+    run("train", "policy", config)
+    policy = models / "policy"
+    loaded = SteerablePolicy.from_pretrained(policy)
+    assert loaded.embedder is not None and read_run(policy)["status"] == "finished"
+    output = run("eval", policy, "--counts", "0,3", "--json", models / "eval.json")
+    assert "implicit accuracy" in output
+    share = json.loads((models / "eval.json").read_text())["tables"][0]["mean, low, high"]["implicit accuracy"]
+    assert all(0 <= low <= mean <= high <= 1 for mean, low, high in share.values()) and set(share) == {"0", "3"}
+    reward = models / "reward.yaml"
+    reward.write_text(
+        "data: {path: choices.jsonl, embedder: encoder}\noutput: judge\nmodel: {latent_width: 16}\n"
+        "training: {max_steps: 20, warmup_steps: 0, disable_tqdm: true}\n"
+    )
+    run("train", "reward", reward)
+    output = run("compare", policy, "base", "--counts", "3", "--prompts", 4, "--max-new-tokens", 6,
+                 "--judge", models / "judge")  # fmt: skip
+    for name in ("words", "ended", "distinct", "likelihood", "judged"):
+        assert f"| {name} |" in output
+    same = run("compare", policy, policy, "--counts", "3", "--prompts", 4, "--max-new-tokens", 6)
+    assert same.count("0.000 [0.000, 0.000] |") >= 4
+    # The reward's encoder can be taken over, and then stays as it is but for the size of its latents.
+    run("train", "policy", config, "--set", "reward=judge", "--set", "output=second", "--set", "training.max_steps=2")
+    second = read_run(models / "second")
+    assert second["config"]["reward"] == str(models / "judge")
+    run("plot", policy, models / "log.png")
+    assert (models / "log.png").read_bytes().startswith(PNG)
+
+
+def test_the_example_with_a_table(tmp_path: Path, capsys: Any) -> None:
+    example = importlib.import_module("examples.train_reward")
+    ratings, items = write_people(tmp_path, users=30)
+    found = example.main(str(ratings), str(items), str(tmp_path / "out"), steps=150)
+    assert found[10][0] > 0.7 and "10 choices:" in capsys.readouterr().out
+
+
+def test_the_example_with_a_model(models: Path, tmp_path: Path, capsys: Any) -> None:
+    example = importlib.import_module("examples.steer")
+    arguments = (models / "model", models / "encoder", models / "choices.jsonl", tmp_path / "out")
+    answers = example.main(*map(str, arguments), steps=2)
+    assert len(answers) == 2 and (tmp_path / "out" / "steering.safetensors").is_file()
+
+
+@pytest.mark.parametrize("name", ["reward", "policy"])
+def test_example_configurations_are_right(name: str) -> None:
+    from fssa_fast.training.config import PolicyRun, RewardRun, read_run_config
+
+    path = Path(__file__).parents[1] / "examples" / f"{name}.yaml"
+    run = read_run_config(RewardRun if name == "reward" else PolicyRun, path)
+    assert run.data.path.endswith("choices.jsonl")
