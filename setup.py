@@ -57,7 +57,8 @@ class CMakeBuild(build_ext):
         ]  # fmt: skip
         subprocess.run([*configure, *os.environ.get("CMAKE_ARGS", "").split()], check=True)
         jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", str(os.cpu_count() or 1))
-        subprocess.run([cmake, "--build", str(build), "--target", ext.name.split(".")[-1], "--parallel", jobs], check=True)
+        name = ext.name.split(".")[-1]
+        subprocess.run([cmake, "--build", str(build), "--target", name, "--parallel", jobs], check=True)
         if not target.exists():
             raise RuntimeError(f"CMake built no {target}")
 

@@ -1,4 +1,4 @@
-"""Builds the sources of csrc/cuda for the emulation: a module like fssa_fast._cuda, with AddressSanitizer and UBSan."""
+"""Builds csrc/cuda for the emulation: a module like fssa_fast._cuda, under AddressSanitizer and UBSan."""
 
 from __future__ import annotations
 
@@ -56,10 +56,13 @@ def _object(source: Path, folder: Path, cuda: Path, options: list[str]) -> Path:
     return to
 
 
-def build(planted: Mapping[str, tuple[str, str]] | None = None, only: tuple[str, ...] = ()) -> Path:
+def build(
+    planted: Mapping[str, tuple[str, str]] | None = None, only: tuple[str, ...] = (), sanitized: bool = True
+) -> Path:
     """The path of the module. `planted` changes the text of a file of csrc/cuda: {name: (old, new)}, old once in it.
 
-    With `only`, the change is compiled into these sources alone and the others stay what they are.
+    With `only`, the change is compiled into these sources alone and the others stay what they are. A module that is not
+    `sanitized` needs no environment of its own.
     """
     import pybind11
 
@@ -77,7 +80,7 @@ def build(planted: Mapping[str, tuple[str, str]] | None = None, only: tuple[str,
                 if text.count(old) != 1:
                     raise ValueError(f"{name}: expected {old!r} once, found it {text.count(old)} times")
                 (changed / name).write_text(text.replace(old, new))
-        checked = ["-O1", *SANITIZERS]
+        checked = ["-O1", *SANITIZERS] if sanitized else ["-O2"]
         python = ["-O0", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
         folders = {name: changed if not only or name in only else CUDA for name in ("film", "lora", "context")}
         jobs = [
@@ -92,7 +95,7 @@ def build(planted: Mapping[str, tuple[str, str]] | None = None, only: tuple[str,
         module = CACHE / f"_cuda-{key}.so"
         if not module.exists():
             part = module.with_suffix(f".{os.getpid()}")
-            _run("g++", *SANITIZERS, "-shared", *objects, "-o", part)
+            _run("g++", *(SANITIZERS if sanitized else ()), "-shared", *objects, "-o", part)
             part.rename(module)
     return module
 

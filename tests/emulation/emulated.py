@@ -1,7 +1,8 @@
 """Runs the CUDA backend on the CPU: python -m emulation.emulated MODULE CASE... (in build.environment()).
 
-MODULE is what build.build gave. Every case is run with the threads of a block, and the blocks, in several orders, and
-held against the definition in float64. A line of JSON a case: its name, and what was wrong or null.
+MODULE is what build.build gave, or "device": then the cases run on the GPU. Every case is run with the threads of a
+block, and the blocks, in several orders, and held against the definition in float64. A line of JSON a case: its name,
+and what was wrong or null.
 """
 
 from __future__ import annotations
@@ -53,6 +54,16 @@ class Emulation:
             found[name] = [int(number) for number in numbers]
 
 
+class Device:
+    """A GPU in the emulation's place: it orders its threads itself."""
+
+    def __init__(self) -> None:
+        torch.set_default_device("cuda")
+
+    def seed(self, seed: int) -> None:
+        pass
+
+
 def load(path: str) -> Emulation:
     """Puts the module in the backend's place, where it takes CPU tensors."""
     spec = importlib.util.spec_from_file_location("fssa_fast._cuda", path)
@@ -68,10 +79,11 @@ def load(path: str) -> Emulation:
     return Emulation(path)
 
 
-Run = Callable[[torch.dtype, Emulation], None]
+Machine = Emulation | Device
+Run = Callable[[torch.dtype, Machine], None]
 
 
-def _parity(implementation: Any, definition: Any, args: tuple[Any, ...], emulation: Emulation) -> None:
+def _parity(implementation: Any, definition: Any, args: tuple[Any, ...], emulation: Machine) -> None:
     found = []
     for seed in SEEDS:
         emulation.seed(seed)
@@ -86,7 +98,7 @@ def _flat(value: Any) -> list[Tensor]:
 
 
 def _film(rows: int, width: int, dense: bool = False) -> Run:
-    def run(dtype: torch.dtype, emulation: Emulation) -> None:
+    def run(dtype: torch.dtype, emulation: Machine) -> None:
         args = film_args(rows, width, dtype)
         args = tuple(a.contiguous() for a in args) if dense else args
         _parity(cuda.film, film_reference, args, emulation)
@@ -94,14 +106,14 @@ def _film(rows: int, width: int, dense: bool = False) -> Run:
     return run
 
 
-def _film_tokens(dtype: torch.dtype, emulation: Emulation) -> None:
+def _film_tokens(dtype: torch.dtype, emulation: Machine) -> None:
     x, scale, shift, slots = film_args(3, 20, dtype)
     args = x[:, None].expand(3, 4, 20).contiguous(), scale, shift, slots.long()
     _parity(cuda.film, film_reference, args, emulation)
 
 
 def _film_norm(rows: int, width: int, dense: bool = False) -> Run:
-    def run(dtype: torch.dtype, emulation: Emulation) -> None:
+    def run(dtype: torch.dtype, emulation: Machine) -> None:
         *args, eps = film_norm_args(rows, width, dtype)
         args = [a.contiguous() for a in args] if dense else args
         _parity(cuda.film_norm, film_norm_reference, (*args, eps), emulation)
@@ -110,7 +122,7 @@ def _film_norm(rows: int, width: int, dense: bool = False) -> Run:
 
 
 def _lora(rows: int, width: int, parts: tuple[tuple[int, int], ...], dense: bool = False, **kind: bool) -> Run:
-    def run(dtype: torch.dtype, emulation: Emulation) -> None:
+    def run(dtype: torch.dtype, emulation: Machine) -> None:
         x, ys, a, bs, *rest = lora_args(rows, width, parts, dtype, **kind)
         if dense:
             x, a, ys, bs = x.contiguous(), a.contiguous(), [y.contiguous() for y in ys], [b.contiguous() for b in bs]
@@ -124,7 +136,7 @@ def _lora(rows: int, width: int, parts: tuple[tuple[int, int], ...], dense: bool
     return run
 
 
-def _lora_alone(dtype: torch.dtype, emulation: Emulation) -> None:
+def _lora_alone(dtype: torch.dtype, emulation: Machine) -> None:
     """A row's bits are the same in a batch of many, for which other tiles are taken."""
     x, ys, *shared, slots, scaling = lora_args(70, 530, ((16, 70), (20, 9)), dtype)
     together = cuda.lora(x, ys, *shared, slots, scaling)
@@ -149,7 +161,7 @@ CONTEXTS: dict[str, tuple[Any, ...]] = {
 
 
 def _context(case: str) -> Run:
-    def run(dtype: torch.dtype, emulation: Emulation) -> None:
+    def run(dtype: torch.dtype, emulation: Machine) -> None:
         *shape, encoded = CONTEXTS[case]
         _parity(cuda.context, context_reference, context_args(*shape, dtype, encoded), emulation)
 
@@ -157,7 +169,7 @@ def _context(case: str) -> Run:
 
 
 def _context_rows(case: str, width: int, bank_dtype: torch.dtype | None = None, noisy: bool = False) -> Run:
-    def run(dtype: torch.dtype, emulation: Emulation) -> None:
+    def run(dtype: torch.dtype, emulation: Machine) -> None:
         *shape, encoded = CONTEXTS[case]
         latent, users = shape[2], len(shape[0])
         *encoder, inner, pooling, heads = context_args(*shape, dtype, encoded)
@@ -180,7 +192,7 @@ def _context_rows(case: str, width: int, bank_dtype: torch.dtype | None = None, 
     return run
 
 
-def _context_alone(dtype: torch.dtype, emulation: Emulation) -> None:
+def _context_alone(dtype: torch.dtype, emulation: Machine) -> None:
     """A user's bits do not depend on the other users, nor on where its pairs lie."""
     pairs, choices, offsets, *rest = context_args((3, 20, 0, 33), 40, 24, 3, "mlp", "self-attention", dtype)
     together = cuda.context(pairs, choices, offsets, *rest)
@@ -190,14 +202,14 @@ def _context_alone(dtype: torch.dtype, emulation: Emulation) -> None:
         assert torch.equal(alone[0], together[user]), "a user's bits depend on the others"
 
 
-def _nothing(dtype: torch.dtype, emulation: Emulation) -> None:
+def _nothing(dtype: torch.dtype, emulation: Machine) -> None:
     cuda.film(*film_args(0, 12, dtype))
     cuda.film_norm(*film_norm_args(0, 12, dtype))
     cuda.lora(*lora_args(0, 12, ((3, 7),), dtype))
     assert cuda.context(*context_args((), 4, 16, 4, "mlp", "self-attention", dtype)).shape == (0, 16)
 
 
-def _slots(dtype: torch.dtype, emulation: Emulation) -> None:
+def _slots(dtype: torch.dtype, emulation: Machine) -> None:
     args = normal(19, 6, 4, dtype=dtype).transpose(0, 2), normal(5, 1, dtype=dtype).expand(5, 19)
     _parity(cuda.film, film_reference, (*args, normal(19, 5, dtype=dtype).T, some_slots(4, 5)), emulation)
 
@@ -256,7 +268,7 @@ CASES = {
 
 def main() -> int:
     """The command line; returns 1 where a case failed."""
-    emulation = load(sys.argv[1])
+    emulation: Machine = Device() if sys.argv[1] == "device" else load(sys.argv[1])
     torch.set_num_threads(1)
     failed = 0
     for name in sys.argv[2:]:
