@@ -16,6 +16,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,7 +69,12 @@ def captured(calls: Sequence[Callable[[], Any]]) -> Time:
     for _ in range(3):
         graph.replay()
     torch.cuda.synchronize()
-    return _rounds(lambda: [graph.replay() for _ in range(10)], 10 * len(calls))
+
+    def replays() -> None:
+        for _ in range(10):
+            graph.replay()
+
+    return _rounds(replays, 10 * len(calls))
 
 
 def eager(call: Callable[[], Any]) -> Time:
@@ -76,7 +82,12 @@ def eager(call: Callable[[], Any]) -> Time:
     for _ in range(5):
         call()
     torch.cuda.synchronize()
-    return _rounds(lambda: [call() for _ in range(10)], 10)
+
+    def calls() -> None:
+        for _ in range(10):
+            call()
+
+    return _rounds(calls, 10)
 
 
 def _copy_of(value: Any) -> Any:
@@ -126,7 +137,7 @@ def op_rows(case: Case, bandwidth: float) -> list[dict[str, Any]]:
     rows = []
     sets = copies_of(case.args, case.fewest)
     for name, run in implementations(case.op).items():
-        time = captured([lambda run=run, args=args: run(*args) for args in sets])
+        time = captured([partial(run, *args) for args in sets])
         share = case.fewest / (1e-6 * time.median) / bandwidth
         rows.append({"op": case.op, "case": case.name, "by": name, **time._asdict(), "of copy bandwidth": share})
     time = eager(lambda: _references[case.op](*case.args))
@@ -140,13 +151,13 @@ def gathered_rows(width: int = 4096, rank: int = 16, users: int = 64) -> list[di
     a, b = torch.randn(users, rank, width).to(DTYPE), torch.randn(users, rank, width).to(DTYPE)
     slots = torch.arange(users, dtype=torch.int32)
     size = sum(t.numel() * t.element_size() for t in (x, y, a, b))
-    calls = [lambda args=args: gathered_lora_(*args, slots, 1.0) for args in copies_of((x, y, a, b), size)]
+    calls = [partial(gathered_lora_, *args) for args in copies_of((x, y, a, b, slots, 1.0), size)]
     name = f"{users} users, D {width}, R {rank}"
     rows = [{"op": "lora_", "case": name, "by": "gathered", **captured(calls)._asdict()}]
     shared = (x, [y], a[0].contiguous(), [b[0].contiguous()], torch.ones(users, rank, dtype=DTYPE), None, slots, 1.0)
     sets = copies_of(shared, 2 * (x.numel() + y.numel() + 2 * rank * width))
     for by, run in implementations("lora_").items():
-        time = captured([lambda run=run, args=args: run(*args) for args in sets])
+        time = captured([partial(run, *args) for args in sets])
         rows.append({"op": "lora_", "case": name, "by": by, **time._asdict()})
     return rows
 
@@ -160,7 +171,7 @@ def product_rows(case: Case) -> list[dict[str, Any]]:
         for y, part, b in zip(ys, hidden.split([b.shape[0] for b in bs], 1), bs, strict=True):
             torch.addmm(y, part, b, out=y)
 
-    time = captured([lambda args=args: products(*args) for args in copies_of((x, ys, a, bs), case.fewest)])
+    time = captured([partial(products, *args) for args in copies_of((x, ys, a, bs), case.fewest)])
     return [{"op": "lora_", "case": case.name, "by": "products", **time._asdict()}]
 
 

@@ -5,7 +5,7 @@ Tensors are made on torch's default device.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -98,4 +98,4 @@ def context_cases(latent: int = 256, heads: int = 8, columns: int = 8192) -> Ite
         yield Case(f"{name}, E {embedding}, M {columns}", "context_rows_", args, fewest, needed)
 
 
-CASES = {"film": film_cases, "lora": lora_cases, "context": context_cases}
+CASES: dict[str, Callable[[], Iterator[Case]]] = {"film": film_cases, "lora": lora_cases, "context": context_cases}

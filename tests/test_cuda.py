@@ -76,7 +76,7 @@ BUGS = {
     ),
     "index past the end": Bug(
         "film.cu", "const int64_t left = a.width - d;\n  if (left <= 0) return;", "const int64_t left = PIECE<T>;",
-        "film", ["film 1030 float32"], "heap-buffer-overflow",
+        "film", ["film 1030 float32"], "AddressSanitizer: heap-",
     ),
     "fragment layout": Bug(
         "product.h", "lane % 8 + lane / 16 * 8) * pitch + lane / 8 % 2 * 8", "lane % 16) * pitch + lane / 16 * 8",
@@ -98,7 +98,7 @@ if PROOF:
         ),
         "row past the end": Bug(
             "lora.cu", "if (row + m < s.rows && rank", "if (row + m <= s.rows && rank", "lora", ["lora dense float32"],
-            "heap-buffer-overflow",
+            "AddressSanitizer: heap-",
         ),
         "row of results swapped": Bug(
             "product.h", "(16 * i + 8 * half + g) * COLUMNS", "(16 * i + 2 * g + half) * COLUMNS", "lora", LORA,
@@ -106,6 +106,9 @@ if PROOF:
         ),
         "transposed fragment": Bug(
             "lora.cu", "load_matrices_transposed(weights,", "load_matrices(weights,", "lora", LORA[1:], "allowed"
+        ),
+        "missing wait for the launch before": Bug(
+            "lora.cu", "wait_for_launch_before();", "", "lora", LORA, "has not waited for it"
         ),
         "last block too early": Bug(
             "context.cu", "static_cast<int32_t>(blocks - 1)", "static_cast<int32_t>(blocks - 2)", "context",

@@ -75,7 +75,7 @@ __device__ __forceinline__ void multiply_slice_across(float (&c)[MT][2][4], cons
     }
   } else {
     const int g = lane / 4, t = lane % 4;
-#pragma unroll
+#pragma unroll 2
     for (int k = 0; k < SLICE<T>; k++) {
 #pragma unroll
       for (int i = 0; i < MT; i++) {

@@ -33,7 +33,7 @@ __device__ __forceinline__ void multiply_slice(float (&c)[MT][NT][4], const T *a
     }
   } else {
     const int g = lane / 4, t = lane % 4;
-#pragma unroll
+#pragma unroll 2  // more of them at once need more registers than there are
     for (int k = 0; k < SLICE<T>; k++) {
       float weights[NT][2];
 #pragma unroll
@@ -71,13 +71,15 @@ struct Product {
   static_assert((ROWS + COLUMNS) * PIECES % THREADS == 0, "every thread brings as many pieces");
   static_assert(SHARED <= MOST_SHARED, "too much shared memory");
 
-  // row_at(r) and weight_at(n) point at the first of `size` elements, or are null outside. Afterwards sum() can be read
+  // row_at(r) and weight_at(n) point at the first of `size` elements, or are null outside; their `base` is an address of
+  // the same alignment. Afterwards sum() can be read
   // by every thread; a __syncthreads() is due before the next run.
   template <class RowAt, class WeightAt>
   static __device__ __forceinline__ void run(const RowAt &row_at, const WeightAt &weight_at, int64_t size,
                                              bool whole_rows, bool whole_weights) {
     T *stages = reinterpret_cast<T *>(shared_memory());
     const T *source[SOURCES];
+    const T *const row_base = row_at.base, *const weight_base = weight_at.base;
     const int warp = threadIdx.x / 32;
 #pragma unroll
     for (int i = 0; i < SOURCES; i++) {
@@ -91,8 +93,9 @@ struct Product {
         const int number = static_cast<int>(threadIdx.x) + i * THREADS, line = number / PIECES;
         const int64_t at = step * STEP + number % PIECES * PIECE<T>;
         const int64_t left = source[i] == nullptr ? 0 : size - at;
-        copy_piece(stage + line * PITCH + number % PIECES * PIECE<T>, left > 0 ? source[i] + at : fallback(row_at), left,
-                   line < ROWS ? whole_rows : whole_weights);
+        const T *from = line < ROWS ? row_base : weight_base;  // of no bytes, but aligned
+        if (left > 0) from = source[i] + at;
+        copy_piece(stage + line * PITCH + number % PIECES * PIECE<T>, from, left, line < ROWS ? whole_rows : whole_weights);
       }
     };
     float c[MT][NT][4] = {};
@@ -136,11 +139,6 @@ struct Product {
     for (int warp = 1; warp < WARPS; warp++) total += sums[(warp * ROWS + row) * COLUMNS + column];
     return total;
   }
-
- private:
-  // Some address that a copy of no bytes may name.
-  template <class RowAt>
-  static __device__ __forceinline__ const T *fallback(const RowAt &row_at) { return row_at.base; }
 };
 
 // Rows of a matrix in memory, `count` of them.

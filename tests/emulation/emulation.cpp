@@ -70,6 +70,7 @@ struct Fiber {
   void *fake_stack = nullptr;
   unsigned index = 0;
   bool finished = false;
+  bool may_read = false;        // what the launch before wrote
   const char *waits = nullptr;  // for what
   std::vector<std::vector<Copy>> groups;
 };
@@ -90,6 +91,9 @@ std::map<std::string, Counts> counts;
 Counts *counted = nullptr;
 bool counting = false;
 std::string kernel_name;
+
+std::unordered_set<uintptr_t> written, written_before;  // words of 4 bytes: by this launch, by the one before
+bool early_launch = false;
 
 std::vector<Fiber> fibers;
 std::vector<Warp> warps;
@@ -143,6 +147,7 @@ void prepare(Fiber &fiber) {
     fiber.stack = static_cast<char *>(memory);
   }
   fiber.finished = false;
+  fiber.may_read = !early_launch;
   fiber.waits = nullptr;
   fiber.fake_stack = nullptr;
   fiber.groups.assign(1, {});
@@ -255,7 +260,7 @@ const uint32_t (*exchange(const char *kind, const uint32_t *words, int count))[8
 unsigned char *shared() { return shared_begin; }
 
 void copy_async(void *to, const void *from, int bytes) {
-  if (reinterpret_cast<uintptr_t>(to) % 16 || (bytes && reinterpret_cast<uintptr_t>(from) % 16)) {
+  if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16) {
     stop("cp.async: an address that is no multiple of 16");
   }
   if (bytes < 0 || bytes > 16) stop("cp.async: not 0 to 16 bytes");
@@ -274,14 +279,26 @@ void copy_wait(int later) {
   }
 }
 
+void wait_for_launch_before() { fibers[running].may_read = true; }
+
 void count_read(const void *from, size_t bytes) {
-  if (!counting || is_shared(from)) return;
+  if (is_shared(from)) return;
+  if (!fibers[running].may_read) {
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(from);
+    for (uintptr_t word = begin / 4; word <= (begin + bytes - 1) / 4; word++) {
+      if (written_before.count(word)) stop("reads what the launch before wrote, and has not waited for it");
+    }
+  }
+  if (!counting) return;
   counted->read += static_cast<int64_t>(bytes);
   mark(counted->sectors_read, from, bytes);
 }
 
 void count_write(const void *to, size_t bytes) {
-  if (!counting || is_shared(to)) return;
+  if (is_shared(to)) return;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(to);
+  for (uintptr_t word = begin / 4; word <= (begin + bytes - 1) / 4; word++) written.insert(word);
+  if (!counting) return;
   counted->written += static_cast<int64_t>(bytes);
   mark(counted->sectors_written, to, bytes);
 }
@@ -290,9 +307,12 @@ void count_products(int64_t multiply_adds) {
   if (counting) counted->multiply_adds += multiply_adds;
 }
 
-void run(const char *name, unsigned x, unsigned y, unsigned z, unsigned threads, size_t shared_bytes,
+void run(const char *name, unsigned x, unsigned y, unsigned z, unsigned threads, size_t shared_bytes, bool early,
          const std::function<void()> &kernel) {
   kernel_name = name;
+  early_launch = early;
+  written_before.swap(written);
+  written.clear();
   block_size = {threads, 1, 1};
   if (threads == 0 || threads % 32 || threads > 1024) stop("a block's threads: expected whole warps, 1024 at most");
   if (x == 0 || y == 0 || z == 0 || y > 65535 || z > 65535) stop("a grid with no or too many blocks");

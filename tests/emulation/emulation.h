@@ -43,13 +43,16 @@ void copy_async(void *to, const void *from, int bytes);
 void copy_commit();
 void copy_wait(int later);
 
-// Counted unless it lies in shared memory.
+// Seen and counted unless it lies in shared memory.
 void count_read(const void *from, size_t bytes);
 void count_write(const void *to, size_t bytes);
 void count_products(int64_t multiply_adds);
 [[noreturn]] void stop(const char *what);
 
-void run(const char *name, unsigned x, unsigned y, unsigned z, unsigned threads, size_t shared_bytes,
+void wait_for_launch_before();
+
+// A thread of an early launch may not read what the launch before wrote until it has waited for it.
+void run(const char *name, unsigned x, unsigned y, unsigned z, unsigned threads, size_t shared_bytes, bool early,
          const std::function<void()> &kernel);
 
 }  // namespace emulation
@@ -206,12 +209,12 @@ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
 }
 
 inline void let_next_launch_begin() {}
-inline void wait_for_launch_before() {}
+inline void wait_for_launch_before() { emulation::wait_for_launch_before(); }
 
 template <class... Parameters>
-void launch(const char *name, void (*kernel)(Parameters...), dim3 grid, unsigned threads, size_t shared, void *, bool,
+void launch(const char *name, void (*kernel)(Parameters...), dim3 grid, unsigned threads, size_t shared, void *, bool early,
             Parameters... arguments) {
-  emulation::run(name, grid.x, grid.y, grid.z, threads, shared, [&] { kernel(arguments...); });
+  emulation::run(name, grid.x, grid.y, grid.z, threads, shared, early, [&] { kernel(arguments...); });
 }
 inline void clear(void *memory, size_t bytes, void *) { std::memset(memory, 0, bytes); }
 
