@@ -12,7 +12,6 @@ PYTEST = -m pytest -q -n auto --dist worksteal $(PYTEST_ARGS)
 
 ifdef PYTHON
 READY := build/ready-$(subst /,_,$(PYTHON))
-OLDEST_PYTHON := $(PYTHON)
 else
 PYTHON := $(VENV)/bin/python
 READY := $(VENV)/ready

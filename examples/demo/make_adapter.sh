@@ -13,6 +13,6 @@ run sample "$work/samples.jsonl" --rounds 1
 [ -e "$work/first/steering.json" ] || run train "$work/samples.jsonl" "$work/first" --steps 240
 [ -e "$work/fresh.jsonl" ] || run resample "$work/first" "$work/samples.jsonl" "$work/fresh.jsonl"
 run train "$work/samples.jsonl" "$work/adapter" --adapter "$work/first" --fresh "$work/fresh.jsonl" \
-  --steps 160 --learning-rate 2e-4 --likelihood-weight 0.5 --strength 0.8
+  --steps 160 --learning-rate 2e-4 --likelihood-weight 0.5 --strength 0.7
 "$python" -m examples.demo.choices "$work/samples.jsonl" "$work/choices.json"
 run evaluate "$work/adapter" "$work/samples.jsonl" "$work/results"
