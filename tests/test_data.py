@@ -310,8 +310,9 @@ def test_helpful_harmless(tmp_path: Path) -> None:
     parts = helpful_harmless(tmp_path)
     prompts = [set(part.groups[np.concatenate(part.choices)].flatten().tolist()) for part in parts]
     assert not prompts[0] & prompts[2] and not prompts[0] & prompts[1] and all(prompts)
-    for number, part in enumerate(parts):
+    for part in parts:
         assert part.users == ("helpful", "harmless")
         for which, own in enumerate(part.choices):
             kinds = {int(i // 2 % 4) for i in own[:, 0]}
-            assert kinds == ({0} if number == 2 else {0, 2 + which})
+            assert kinds == {0}
+            assert (own[:, 0] % 2 == which).all()

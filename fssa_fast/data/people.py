@@ -118,9 +118,9 @@ def stated_choice(directory: Directory, panel: str, *, seed: int = 0) -> Parts:
 def helpful_harmless(directory: Directory, *, seed: int = 0) -> Parts:
     """Answers to prompts, judged by two criteria, each of them a user. Held out: prompts.
 
-    The test part is the conflicting pairs only, of which the two criteria prefer different answers; training and
-    validation leave out the pairs on which they agree, since those do not tell the criteria apart. Answers to one
-    prompt are one group. Options: text embeddings of prompt and answer, as the file has them.
+    Conflicting pairs only, of which the two criteria prefer different answers: what tells the criteria apart is then
+    the choice alone, not which pairs have a label. Answers to one prompt are one group. Options: text embeddings of
+    prompt and answer, as the file has them.
     """
     folder = Path(directory)
     lines = _json_lines(folder / "pairs.jsonl")
@@ -131,10 +131,9 @@ def helpful_harmless(directory: Directory, *, seed: int = 0) -> Parts:
     parts = split_users(int(group.max()) + 1, seed)
     labels = [line["choice"] for line in lines]
     conflicting = np.array([len(c) == 2 and len(set(c.values())) == 2 for c in labels])
-    agreeing = np.array([len(c) == 2 and len(set(c.values())) == 1 for c in labels])
     found = []
-    for number, part in enumerate(parts):
-        kept = np.isin(group, part) & (conflicting if number == 2 else ~agreeing)
+    for part in parts:
+        kept = np.isin(group, part) & conflicting
         choices = []
         for criterion in ("helpful", "harmless"):
             own = [(2 * i + c[criterion], 2 * i + 1 - c[criterion]) for i, c in enumerate(labels)
