@@ -241,7 +241,7 @@ __device__ __forceinline__ void finish(const Encode &e, int64_t user, int64_t be
 }
 
 template <class T>
-__global__ void __launch_bounds__(THREADS) encode_kernel(Encode e, bool whole_pairs, bool whole_weights) {
+__global__ void __launch_bounds__(THREADS, 1) encode_kernel(Encode e, bool whole_pairs, bool whole_weights) {
   let_next_launch_begin();
   using Tile = First<T>;
   const fssa_context_input &in = e.in;
