@@ -91,6 +91,19 @@ def test_unknown_names(monkeypatch):
 
 
 @native
+@pytest.mark.parametrize(("rows", "rank", "dtype", "ours"), [
+    (65, 64, torch.bfloat16, False), (64, 64, torch.bfloat16, True), (65, 63, torch.bfloat16, True),
+    (65, 64, torch.float32, True),
+])  # fmt: skip
+def test_the_definition_runs_where_it_was_measured_to_be_faster(monkeypatch, rows, rank, dtype, ours):
+    cpu, _ = load_backend("cpu")
+    monkeypatch.setattr(cpu, "_multiplies_bfloat16", lambda: True)
+    assert cpu.prefers("lora", lora_args(rows, 8, ((rank, 5),), dtype)) == ours
+    monkeypatch.setattr(cpu, "_multiplies_bfloat16", lambda: False)
+    assert cpu.prefers("lora", lora_args(rows, 8, ((rank, 5),), dtype))
+
+
+@native
 def test_every_op_has_an_implementation():
     assert set(load_backend("cpu")[0].IMPLEMENTATIONS) == set(backends._references)
 
