@@ -100,8 +100,9 @@ class LinearTile(NamedTuple):
 
 def linear_tile(rows: int, width: int, dtype: torch.dtype) -> LinearTile:
     """The context encoder's linears: few rows, so a program takes many columns and streams the weights."""
-    columns = power_of_two(width, 16, 64 if _wide(dtype) else 128)
-    return LinearTile(16 if rows <= 1024 else 32, columns, 16 if _wide(dtype) else 64, max(1, columns // 16), 3)
+    height = 16 if rows <= 1024 else 32
+    columns = power_of_two(width, 16, 64 if _wide(dtype) or height > 16 else 128)
+    return LinearTile(height, columns, 16 if _wide(dtype) else 64, max(1, columns // 16), 3)
 
 
 class AttentionTile(NamedTuple):

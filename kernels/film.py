@@ -171,7 +171,7 @@ def _columns(
         *scale.stride(), *shift.stride(), NORM=norm, SPLITS=tile.splits, ROWS=tile.rows, COLUMNS=tile.columns,
         num_warps=tile.warps,
     )  # fmt: skip
-    dscale, dshift, *dweight = sums.sum(1)
+    dscale, dshift, *dweight = (part.sum(0) for part in sums)
     return dx, dscale, dshift, dweight[0].sum(0) if norm else dshift
 
 

@@ -258,6 +258,6 @@ def lora_backward(
         rows_per_slot(x, slots), scaling, *gamma.stride(), *shift.stride(), BETA=beta is not None,
         SPLITS=tile.splits, ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.warps,
     )  # fmt: skip
-    dgamma, dbeta = sums.sum(1).to(x.dtype)
+    dgamma, dbeta = (part.sum(0).to(x.dtype) for part in sums)
     dbs = [part.T @ grad for part, grad in zip(modulated.split(ranks, 1), grads, strict=True)]
     return (dproduct @ a).view(x.shape), dproduct.T @ rows, dbs, dgamma, dbeta

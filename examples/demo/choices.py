@@ -132,9 +132,7 @@ def better_pairs(
         ]
         for record in draw.sample(alike, min(each, len(alike))):
             found[bad["kind"]].append(
-                Pair(
-                    bad["topic"], bad["prompt"], record["response"], bad["response"], record["ended"], bad["ended"]
-                )
+                Pair(bad["topic"], bad["prompt"], record["response"], bad["response"], record["ended"], bad["ended"])
             )
     return found
 

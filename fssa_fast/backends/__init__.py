@@ -7,7 +7,7 @@ A backend is a module of this package with
     unavailable()            why it cannot run on this machine, or None
     IMPLEMENTATIONS          op name -> function with the op's arguments
     refuses(op, tensor)      why it cannot take this tensor (its dtype, its device), or None
-    prefers(op, args)        False where the definition was measured to be faster than this backend
+    prefers(op, args)        False where what comes after it was measured to be faster
 
 `reference` is the definition of each op, in fssa_fast/ops. The environment variable FSSA_BACKEND, or `use_backend` for
 a block of code, chooses one by name: it then runs or raises BackendError. Left to itself ("auto") the registry takes
@@ -108,7 +108,9 @@ def _automatic(op: str, args: Sequence[Any]) -> Callable[..., Any]:
             continue
         reason = module.refuses(op, tensor)
         if reason is None:
-            return module.IMPLEMENTATIONS[op] if module.prefers(op, args) else _references[op]
+            if module.prefers(op, args):
+                return module.IMPLEMENTATIONS[op]
+            continue
         reasons.append(f"{name}: {reason}")
     if reasons:
         _say_once(f"{op} runs by its plain PyTorch definition ({'; '.join(reasons)})")

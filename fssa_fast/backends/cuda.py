@@ -16,7 +16,17 @@ import torch
 from torch import Tensor
 
 from fssa_fast.backends import BackendError
-from fssa_fast.backends.cpu import CODES, _addresses, _at, _contiguous, _encoder, _gamma, _new, _rows, _slots
+from fssa_fast.backends.addresses import (
+    CODES,
+    addresses,
+    at,
+    contiguous,
+    encoder_of,
+    gamma_of,
+    new_like,
+    rows_of,
+    slots_of,
+)
 
 NAME = "cuda"
 DEVICES: set[str] = set()  # of no device by itself, see above
@@ -87,11 +97,11 @@ def _workspace(tensor: Tensor) -> Callable[[int], int]:
 
 
 def film(x: Tensor, scale: Tensor, shift: Tensor, slots: Tensor) -> Tensor:
-    y, points, scale, shift, slots = _new(x), _rows(x), _rows(scale), _rows(shift), slots.contiguous()
+    y, points, scale, shift, slots = new_like(x), rows_of(x), rows_of(scale), rows_of(shift), slots.contiguous()
     rows, width = points.shape
     with _stream_of(x) as stream:
         _core.film(
-            CODES[x.dtype], rows, width, _at(points), _at(scale), _at(shift), _slots(slots, rows, scale.shape[0]),
+            CODES[x.dtype], rows, width, at(points), at(scale), at(shift), slots_of(slots, rows, scale.shape[0]),
             (y.data_ptr(), width), stream,
         )  # fmt: skip
     return y
@@ -100,13 +110,13 @@ def film(x: Tensor, scale: Tensor, shift: Tensor, slots: Tensor) -> Tensor:
 def film_norm(
     x: Tensor, residual: Tensor, scale: Tensor, shift: Tensor, slots: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    hidden, normed, points, residual = _new(x), _new(x), _rows(x), _rows(residual)
-    scale, shift, slots, weight = _rows(scale), _rows(shift), slots.contiguous(), weight.contiguous()
+    hidden, normed, points, residual = new_like(x), new_like(x), rows_of(x), rows_of(residual)
+    scale, shift, slots, weight = rows_of(scale), rows_of(shift), slots.contiguous(), weight.contiguous()
     rows, width = points.shape
     with _stream_of(x) as stream:
         _core.film_norm(
-            CODES[x.dtype], rows, width, _at(points), _at(residual), _at(scale), _at(shift),
-            _slots(slots, rows, scale.shape[0]), weight.data_ptr(), eps, (hidden.data_ptr(), width),
+            CODES[x.dtype], rows, width, at(points), at(residual), at(scale), at(shift),
+            slots_of(slots, rows, scale.shape[0]), weight.data_ptr(), eps, (hidden.data_ptr(), width),
             (normed.data_ptr(), width), stream,
         )  # fmt: skip
     return hidden, normed
@@ -127,16 +137,16 @@ def _run_lora(
     scaling: float,
 ) -> None:
     """lora from ys into outs, matrices with adjacent columns."""
-    points, a, slots = _rows(x), _rows(a), slots.contiguous()
-    gamma, column_stride = _gamma(gamma)
-    beta = None if beta is None else _rows(beta)
-    bs = [_rows(b) for b in bs]
-    parts = [(*b.shape, _at(y), _at(b), _at(out)) for y, b, out in zip(ys, bs, outs, strict=True)]
+    points, a, slots = rows_of(x), rows_of(a), slots.contiguous()
+    gamma, column_stride = gamma_of(gamma)
+    beta = None if beta is None else rows_of(beta)
+    bs = [rows_of(b) for b in bs]
+    parts = [(*b.shape, at(y), at(b), at(out)) for y, b, out in zip(ys, bs, outs, strict=True)]
     rows, width = points.shape
     with _stream_of(x) as stream:
         _core.lora(
-            CODES[x.dtype], rows, width, _at(points), _at(a), _at(gamma), (0, 0) if beta is None else _at(beta),
-            column_stride, _slots(slots, rows, gamma.shape[0]), scaling, parts, _workspace(x), stream,
+            CODES[x.dtype], rows, width, at(points), at(a), at(gamma), (0, 0) if beta is None else at(beta),
+            column_stride, slots_of(slots, rows, gamma.shape[0]), scaling, parts, _workspace(x), stream,
         )  # fmt: skip
 
 
@@ -150,8 +160,8 @@ def lora(
     slots: Tensor,
     scaling: float,
 ) -> list[Tensor]:
-    outs = [_new(y) for y in ys]
-    _run_lora(x, [_rows(y) for y in ys], [_rows(out) for out in outs], a, bs, gamma, beta, slots, scaling)
+    outs = [new_like(y) for y in ys]
+    _run_lora(x, [rows_of(y) for y in ys], [rows_of(out) for out in outs], a, bs, gamma, beta, slots, scaling)
     return outs
 
 
@@ -165,7 +175,7 @@ def lora_(
     slots: Tensor,
     scaling: float,
 ) -> None:
-    outs = [_rows(y) for y in ys]
+    outs = [rows_of(y) for y in ys]
     _run_lora(x, outs, outs, a, bs, gamma, beta, slots, scaling)
     for y, out in zip(ys, outs, strict=True):
         if y.data_ptr() != out.data_ptr():  # a copy, since y's strides are no matrix's
@@ -184,14 +194,14 @@ def context(
     pooling: str,
     heads: int,
 ) -> Tensor:
-    pairs, choices, weights = pairs.contiguous(), choices.long().contiguous(), _contiguous(weights)
+    pairs, choices, weights = pairs.contiguous(), choices.long().contiguous(), contiguous(weights)
     offsets = offsets.to(pairs.device).long().contiguous()
-    encoder = _encoder(pairs, offsets, weights, inner, pooling, heads)
+    encoder = encoder_of(pairs, offsets, weights, inner, pooling, heads)
     encoded = pairs.new_empty(encoder[1], encoder[4])
     with _stream_of(pairs) as stream:
         _core.context(
             CODES[pairs.dtype], encoder, pairs.data_ptr(), choices.data_ptr(), offsets.data_ptr(),
-            _addresses(weights), encoded.data_ptr(), _workspace(pairs), stream,
+            addresses(weights), encoded.data_ptr(), _workspace(pairs), stream,
         )  # fmt: skip
     return encoded
 
@@ -212,18 +222,18 @@ def context_rows_(
 ) -> Tensor:
     if pairs.dtype not in CODES:
         raise BackendError(f"backend 'cuda' cannot take pairs of dtype {pairs.dtype}")
-    pairs, choices, weights = pairs.contiguous(), choices.long().contiguous(), _contiguous(weights)
+    pairs, choices, weights = pairs.contiguous(), choices.long().contiguous(), contiguous(weights)
     offsets, slots = offsets.to(pairs.device).long().contiguous(), slots.contiguous()
     modulation, modulation_bias = modulation.contiguous(), modulation_bias.contiguous()
     noise = None if noise is None else noise.contiguous()
-    encoder = _encoder(pairs, offsets, weights, inner, pooling, heads)
+    encoder = encoder_of(pairs, offsets, weights, inner, pooling, heads)
     latents = pairs.new_empty(encoder[1], encoder[3])
-    table = _rows(bank)
+    table = rows_of(bank)
     with _stream_of(pairs) as stream:
         _core.context_rows(
             CODES[pairs.dtype], encoder, pairs.data_ptr(), choices.data_ptr(), offsets.data_ptr(),
-            _addresses(weights), CODES[bank.dtype], _at(table), table.shape[1],
-            _slots(slots, slots.numel(), table.shape[0]), modulation.data_ptr(), modulation_bias.data_ptr(),
+            addresses(weights), CODES[bank.dtype], at(table), table.shape[1],
+            slots_of(slots, slots.numel(), table.shape[0]), modulation.data_ptr(), modulation_bias.data_ptr(),
             0 if noise is None else noise.data_ptr(), latents.data_ptr(), _workspace(pairs), stream,
         )  # fmt: skip
     if table.data_ptr() != bank.data_ptr():

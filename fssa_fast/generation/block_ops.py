@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from fssa_fast._native import load_native
 from fssa_fast.backends import BackendError, chosen_backend
+from fssa_fast.backends.addresses import CODES, at
 from fssa_fast.generation.cache import BLOCK, BlockCache
 from fssa_fast.ops.film import film_norm_reference
 
@@ -116,7 +117,7 @@ def ops_for(device: torch.device, dtype: torch.dtype) -> BlockOps:
     core, reason = load_native()
     if device.type != "cpu":
         reason = f"tensors on {device} are not taken"
-    elif dtype not in NativeOps.CODES:
+    elif dtype not in CODES:
         reason = f"dtype {dtype} is not taken"
     if reason is None:
         return NativeOps(core)
@@ -125,14 +126,8 @@ def ops_for(device: torch.device, dtype: torch.dtype) -> BlockOps:
     return PlainOps()
 
 
-def _at(rows: Tensor) -> tuple[int, int]:
-    return rows.data_ptr(), rows.stride(0)
-
-
 class NativeOps:
     """The steps by the native core, on the CPU."""
-
-    CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
     def __init__(self, core: Any) -> None:
         self._core = core
@@ -146,27 +141,27 @@ class NativeOps:
 
     def linear(self, x: Tensor, weight: Packed, bias: Tensor | None, y: Tensor) -> Step:
         args = (
-            self.CODES[x.dtype], len(x), weight.width, weight.outputs, _at(x), weight.data.data_ptr(),
-            0 if bias is None else bias.data_ptr(), _at(y), torch.get_num_threads(),
+            CODES[x.dtype], len(x), weight.width, weight.outputs, at(x), weight.data.data_ptr(),
+            0 if bias is None else bias.data_ptr(), at(y), torch.get_num_threads(),
         )  # fmt: skip
         return self._call(self._core.cpu_linear, args, x, weight, bias, y)
 
     def adapt(self, parts: Sequence[Expansion], slots: Tensor) -> Step:
         listed = [
             (
-                part.b.width, part.b.outputs, _at(part.hidden), _at(part.gamma),
-                (0, 0) if part.beta is None else _at(part.beta), part.gamma.stride(1), part.b.data.data_ptr(),
-                _at(part.y),
+                part.b.width, part.b.outputs, at(part.hidden), at(part.gamma),
+                (0, 0) if part.beta is None else at(part.beta), part.gamma.stride(1), part.b.data.data_ptr(),
+                at(part.y),
             )
             for part in parts
         ]  # fmt: skip
-        code, rows = self.CODES[parts[0].y.dtype], len(parts[0].y)
+        code, rows = CODES[parts[0].y.dtype], len(parts[0].y)
         where = self._slots(slots, len(parts[0].gamma))
         return self._call(self._core.cpu_adapt, (code, rows, where, listed, torch.get_num_threads()), parts, slots)
 
     def gate(self, activation: str, gate: Tensor, up: Tensor, y: Tensor) -> Step:
         args = (
-            self.CODES[y.dtype], ACTIVATIONS[activation], *y.shape, _at(gate), _at(up), _at(y), torch.get_num_threads(),
+            CODES[y.dtype], ACTIVATIONS[activation], *y.shape, at(gate), at(up), at(y), torch.get_num_threads(),
         )  # fmt: skip
         return self._call(self._core.cpu_gate, args, gate, up, y)
 
@@ -183,8 +178,8 @@ class NativeOps:
         normed: Tensor,
     ) -> Step:
         args = (
-            self.CODES[x.dtype], *x.shape, _at(x), _at(residual), _at(scale), _at(shift),
-            self._slots(slots, len(scale)), weight.data_ptr(), eps, _at(hidden), _at(normed), torch.get_num_threads(),
+            CODES[x.dtype], *x.shape, at(x), at(residual), at(scale), at(shift),
+            self._slots(slots, len(scale)), weight.data_ptr(), eps, at(hidden), at(normed), torch.get_num_threads(),
         )  # fmt: skip
         return self._call(self._core.cpu_film_norm, args, x, residual, scale, shift, slots, weight, hidden, normed)
 
@@ -203,11 +198,11 @@ class NativeOps:
         s = settings
         keys, values = cache.layer(layer)
         args = (
-            self.CODES[out.dtype], (len(q), s.heads, s.kv_heads, s.head_width), _at(q), _at(k), _at(v),
+            CODES[out.dtype], (len(q), s.heads, s.kv_heads, s.head_width), at(q), at(k), at(v),
             0 if s.q_norm is None else s.q_norm.data_ptr(), 0 if s.k_norm is None else s.k_norm.data_ptr(), s.eps,
             s.cos.data_ptr(), s.sin.data_ptr(), len(s.cos), positions.data_ptr(), sequences.data_ptr(),
             cache.table.data_ptr(), *cache.table.shape, keys.data_ptr(), values.data_ptr(), len(keys),
-            s.scale, s.softcap, s.window, _at(out), torch.get_num_threads(),
+            s.scale, s.softcap, s.window, at(out), torch.get_num_threads(),
         )  # fmt: skip
         return self._call(self._core.cpu_attention, args, s, q, k, v, positions, sequences, cache, out)
 
