@@ -304,7 +304,9 @@ def test_stated_choice(tmp_path: Path) -> None:
 
 def test_helpful_harmless(tmp_path: Path) -> None:
     both = [{"helpful": 0, "harmless": 1}, {"helpful": 1, "harmless": 1}, {"helpful": 0}, {"harmless": 1}]
-    lines = [{"prompt": f"p{i // 2}", "choice": both[i % 4]} for i in range(200)]
+    lines = [
+        {"prompt": f"p{i // 2}", "choice": both[i % 4], "response_a": "", "response_b": "a" * i} for i in range(200)
+    ]
     write(tmp_path / "pairs.jsonl", *lines)
     np.save(tmp_path / "minilm_f16.npy", np.random.default_rng(0).standard_normal((400, 3)).astype(np.float16))
     parts = helpful_harmless(tmp_path)
@@ -316,3 +318,5 @@ def test_helpful_harmless(tmp_path: Path) -> None:
             kinds = {int(i // 2 % 4) for i in own[:, 0]}
             assert kinds == {0}
             assert (own[:, 0] % 2 == which).all()
+        assert part.options.shape == (400, 4)
+        assert (part.options[1::2, 3].diff() > 0).all() and (part.options[::2, 3] == part.options[1, 3]).all()

@@ -21,6 +21,7 @@ from fssa_fast.data.choices import ChoiceData, Indices, split_users
 Parts = tuple[ChoiceData, ChoiceData, ChoiceData]
 Directory = str | os.PathLike[str]
 
+LENGTH_WEIGHT = 0.3  # of an answer's log length, beside an embedding of length 1
 CONVERSATION = "american-assembly.bowling-green"
 PANELS = {
     "train": ("train_pairs.csv", ("price", "time", "change", "comfort")),
@@ -119,14 +120,18 @@ def helpful_harmless(directory: Directory, *, seed: int = 0) -> Parts:
     """Answers to prompts, judged by two criteria, each of them a user. Held out: prompts.
 
     Conflicting pairs only, of which the two criteria prefer different answers: what tells the criteria apart is then
-    the choice alone, not which pairs have a label. Answers to one prompt are one group. Options: text embeddings of
-    prompt and answer, as the file has them.
+    the choice alone, not which pairs have a label. Answers to one prompt are one group. Options [2 N, E + 1]: text
+    embeddings of prompt and answer as the file has them, and the log of the answer's length, which an embedding of a
+    text's first 256 tokens cannot know.
     """
     folder = Path(directory)
     lines = _json_lines(folder / "pairs.jsonl")
     embeddings = np.load(folder / "minilm_f16.npy", allow_pickle=False).astype(np.float32)
     if len(embeddings) != 2 * len(lines):
         raise ValueError(f"{folder}: expected two embeddings a pair, got {len(embeddings)} for {len(lines)} pairs")
+    lengths = np.log1p([len(line[answer]) for line in lines for answer in ("response_a", "response_b")])
+    length = LENGTH_WEIGHT * (lengths - lengths.mean())
+    options = torch.from_numpy(np.column_stack([embeddings, length]).astype(np.float32))
     _, group = np.unique([line["prompt"] for line in lines], return_inverse=True)
     parts = split_users(int(group.max()) + 1, seed)
     labels = [line["choice"] for line in lines]
@@ -139,7 +144,6 @@ def helpful_harmless(directory: Directory, *, seed: int = 0) -> Parts:
             own = [(2 * i + c[criterion], 2 * i + 1 - c[criterion]) for i, c in enumerate(labels)
                    if kept[i] and criterion in c]  # fmt: skip
             choices.append(np.array(own, dtype=np.int64).reshape(-1, 2))
-        options = torch.from_numpy(embeddings)
         found.append(ChoiceData(options, np.repeat(group, 2), ("helpful", "harmless"), tuple(choices)))
     return found[0], found[1], found[2]
 

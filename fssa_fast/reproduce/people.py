@@ -90,7 +90,7 @@ TASKS: dict[str, tuple[Task, ...]] = {
             "Helpful and harmless, conflicting pairs",
             lambda directory, seed: helpful_harmless(directory, seed=seed),
             (0, 1, 3, 5, 10),
-            {**TEXT, "embedding_noise": 0.3, "max_steps": 800, "eval_steps": 50, "learning_rate": 3e-3},
+            {**TEXT, "embedding_noise": 0.3, "max_steps": 400, "eval_steps": 50},
             ExamplesConfig(30, 32),
             latent_width=32,
             compress=32,
