@@ -227,6 +227,25 @@ def test_ratings_votes_and_rankings(tmp_path: Path) -> None:
     assert len(made(tmp_path / "few")) == 2
 
 
+def test_datasets(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = {"user": ["ann", "ann", "ann"], "item": ["x", "y", "z"], "value": [2, 1, 0]}
+    dataset = datasets.Dataset.from_dict(rows)
+    dataset.save_to_disk(tmp_path / "d")
+    record = make_choices(tmp_path / "d", tmp_path / "o", "ratings")
+    assert made(tmp_path / "o") == [("ann", "x", "y"), ("ann", "x", "z"), ("ann", "y", "z")]
+    again = datasets.Dataset.from_dict(rows | {"value": [2, 1, 1]})
+    again.save_to_disk(tmp_path / "e")
+    assert record["source"]["sha256"] != make_choices(tmp_path / "e", tmp_path / "o", "ratings")["source"]["sha256"]
+    datasets.DatasetDict(train=dataset, test=dataset).save_to_disk(tmp_path / "splits")
+    with pytest.raises(DataError, match="expected one split, the directory of 'train' or 'test'"):
+        make_choices(tmp_path / "splits", tmp_path / "o", "ratings")
+    make_choices(tmp_path / "splits" / "test", tmp_path / "o", "ratings")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="expected a directory written by a dataset's save_to_disk"):
+        make_choices(tmp_path / "empty", tmp_path / "o", "ratings")
+
+
 def test_pairs_and_items(tmp_path: Path) -> None:
     items = read_items(table(tmp_path / "i.csv", "item,price,time\nx,1,2\ny,3,4\nz,5,6\n"))
     assert items == {"x": (1.0, 2.0), "y": (3.0, 4.0), "z": (5.0, 6.0)}

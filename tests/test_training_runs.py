@@ -123,6 +123,21 @@ def test_a_reward_run_resumes_bit_for_bit(tmp_path: Path) -> None:
     assert loaded.config == one.config and read_run(tmp_path / "two")["steps"] == 6
 
 
+def test_logs_go_to_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
+    train = synthetic()[0]
+    training = small(report_to="tensorboard", logging_steps=2)
+    fit_reward(RewardConfig(latent_width=8), train, None, tmp_path, training=training)
+    events = EventAccumulator(str(tmp_path / "logs")).Reload()
+    written = {event.step: event.value for event in events.Scalars("train/loss")}
+    logged = {entry["step"]: entry["loss"] for entry in read_run(tmp_path)["log"] if "loss" in entry}
+    assert written.keys() == logged.keys() == {2, 4, 6}
+    assert all(written[step] == pytest.approx(logged[step], rel=1e-4) for step in logged)
+
+
 def test_the_best_evaluation_is_kept(tmp_path: Path) -> None:
     train, validation, _ = synthetic()
     training = small(eval_steps=2, learning_rate=0.3, lr_scheduler_type="constant")  # so large that it gets worse

@@ -17,7 +17,7 @@ def _group() -> None:
 
 @app.command()
 def make_choices(
-    source: Annotated[Path, typer.Argument(help="A table, .csv or .jsonl.")],
+    source: Annotated[Path, typer.Argument(help="A table: .csv, .jsonl, or a Hugging Face dataset's directory.")],
     out: Annotated[Path, typer.Argument(help="The directory for choices.jsonl and choices.json.")],
     kind: Annotated[Literal["ratings", "votes", "rankings", "pairs"], typer.Option(help="What the table holds.")],
     user: Annotated[str, typer.Option(help="The column that says who.")] = "user",

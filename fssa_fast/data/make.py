@@ -1,4 +1,4 @@
-"""From ratings, votes, rankings or pairs, in CSV or JSON lines, to a file of choices."""
+"""From ratings, votes, rankings or pairs, in CSV, JSON lines or a Hugging Face dataset, to a file of choices."""
 
 from __future__ import annotations
 
@@ -38,17 +38,35 @@ class Columns:
 
 
 def read_rows(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The rows of a CSV file, or of JSON lines where the name ends in .jsonl, with their line numbers."""
+    """The rows of a table with their line numbers: a .csv or .jsonl file, or a Hugging Face dataset's directory."""
+    if Path(path).is_dir():
+        yield from enumerate(_dataset(path), start=1)
+        return
     if Path(path).suffix == ".jsonl":
         yield from json_lines(path)
         return
     if Path(path).suffix != ".csv":
-        raise DataError(f"{path}: expected a file whose name ends in .csv or .jsonl")
+        raise DataError(f"{path}: expected a file whose name ends in .csv or .jsonl, or the directory of a dataset")
     reader = csv.DictReader(line for _, line in text_lines(path))
     for row in reader:
         if None in row or None in row.values():
             raise DataError(f"{path}, line {reader.line_num}: expected {len(reader.fieldnames or ())} fields")
         yield reader.line_num, row
+
+
+def _dataset(path: str | os.PathLike[str]) -> Any:
+    """A dataset that its `save_to_disk` wrote."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(f"{path}: expected the package datasets to read this: pip install 'fssa-fast[data]'") from error
+    try:
+        found = datasets.load_from_disk(os.fspath(path))
+    except (FileNotFoundError, ValueError) as error:
+        raise DataError(f"{path}: expected a directory written by a dataset's save_to_disk: {error}") from error
+    if isinstance(found, datasets.DatasetDict):
+        raise DataError(f"{path}: expected one split, the directory of {' or '.join(map(repr, found))} within it")
+    return found
 
 
 def read_items(path: str | os.PathLike[str], name: str = "item", text: str | None = None) -> dict[str, Option]:

@@ -34,7 +34,10 @@ def environment() -> dict[str, Any]:
 
 
 def file_hash(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file."""
+    """SHA-256 of a file; of a directory, of its files' hashes in the order of their names."""
+    if Path(path).is_dir():
+        hashes = [f"{file.name} {file_hash(file)}\n" for file in sorted(Path(path).iterdir()) if file.is_file()]
+        return hashlib.sha256("".join(hashes).encode()).hexdigest()
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
