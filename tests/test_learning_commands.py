@@ -226,6 +226,20 @@ def test_a_policy_is_trained_measured_and_compared(models: Path) -> None:
     assert (models / "log.png").read_bytes().startswith(PNG)
 
 
+def test_a_reward_on_the_hidden_states_of_a_language_model(models: Path) -> None:
+    config = models / "states.yaml"
+    config.write_text(
+        "data: {path: choices.jsonl, embedder: model, pooling: last}\noutput: states\nmodel: {latent_width: 16}\n"
+        "training: {max_steps: 60, warmup_steps: 0, disable_tqdm: true}\n"
+    )
+    run("train", "reward", config)
+    reward = RewardModel.from_pretrained(models / "states")
+    assert reward.embedding_width == make_model().config.hidden_size
+    run("eval", models / "states", "--counts", "5", "--json", models / "states.json")
+    found = json.loads((models / "states.json").read_text())["tables"][0]["mean, low, high"]["accuracy"]["5"]
+    assert found[0] > 0.8
+
+
 def test_the_example_with_a_table(tmp_path: Path, capsys: Any) -> None:
     example = importlib.import_module("examples.train_reward")
     ratings, items = write_people(tmp_path, users=30)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -14,6 +14,7 @@ def ask(
     pool: Annotated[Path, typer.Argument(help="Pairs that may be asked, as a file of choices; order does not matter.")],
     top: Annotated[int, typer.Option(min=1, help="How many to print, best first.")] = 5,
     embedder: Annotated[str | None, typer.Option(help="The text encoder, where options are texts.")] = None,
+    pooling: Annotated[Literal["mean", "first", "last"], typer.Option(help="Its pooling.")] = "mean",
 ) -> None:
     """Print the pairs whose answers would tell most about a user, with the information expected, in nats."""
     import torch
@@ -24,7 +25,7 @@ def ask(
     from fssa_fast.steering import TextEmbedder
 
     model = NPBTL.from_pretrained(run)
-    encoder = None if embedder is None else TextEmbedder.from_pretrained(embedder)
+    encoder = None if embedder is None else TextEmbedder.from_pretrained(embedder, pooling=pooling)
 
     def pairs_of(choices: list[Choice], path: Path) -> torch.Tensor:
         if any(isinstance(choice.chosen, str) for choice in choices):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,19 +27,26 @@ def _counts(text: str) -> list[int]:
 
 @dataclass(frozen=True)
 class Setup:
-    """Where a run's data is: the file, the embedder, and the users to measure on (None: all)."""
+    """Where a run's data is: the file, what embeds it, and the users to measure on (None: all)."""
 
     path: Path
-    embedder: str | None
+    embed: Callable[..., Any] | None
     users: list[str] | None
 
 
 def _setup(run: dict[str, Any], data: Path | None) -> Setup:
+    from fssa_fast.steering.config import from_json
+    from fssa_fast.training.config import DataConfig
+
     config = run.get("config")
     if config is None:
         raise ValueError("run: expected one of `fssa train`, got one without a configuration")
+    embedder = (
+        from_json(DataConfig, config["data"], "run.config.data").load_embedder() if run["what"] == "reward" else None
+    )
+    embed = None if embedder is None else embedder.encode
     if data is not None:
-        return Setup(data, config["data"]["embedder"], None)
+        return Setup(data, embed, None)
     from fssa_fast.data.choices import split_users
     from fssa_fast.data.files import read_choices
     from fssa_fast.training.runs import file_hash
@@ -49,7 +57,7 @@ def _setup(run: dict[str, Any], data: Path | None) -> Setup:
     names = list(dict.fromkeys(choice.user for choice in read_choices(path)))
     names = sorted(names) if run["what"] == "policy" else names
     test = split_users(len(names), config["data"]["split_seed"], config["data"]["shares"])[2]
-    return Setup(Path(path), config["data"]["embedder"], [names[i] for i in test])
+    return Setup(Path(path), embed, [names[i] for i in test])
 
 
 def _reward_scores(run: Path, setup: Setup, counts: list[int]) -> dict[int, Any]:
@@ -57,13 +65,11 @@ def _reward_scores(run: Path, setup: Setup, counts: list[int]) -> dict[int, Any]
     from fssa_fast.data.files import choice_data, read_choices
     from fssa_fast.evaluation.rewards import model_predictor, score, truncate
     from fssa_fast.nn import RewardModel
-    from fssa_fast.steering import TextEmbedder
 
     choices = read_choices(setup.path)
     if setup.users is not None:
         choices = [choice for choice in choices if choice.user in set(setup.users)]
-    embed = None if setup.embedder is None else TextEmbedder.from_pretrained(setup.embedder).encode
-    data = choice_data(choices, embed, path=setup.path)
+    data = choice_data(choices, setup.embed, path=setup.path)
     predict = model_predictor(RewardModel.from_pretrained(run))
     examples = held_out_examples(data, max_context=max(counts), repeats=4)
     return {count: score(predict, data, truncate(examples, count)) for count in counts}

@@ -20,13 +20,13 @@ def reward(config: ConfigFile, settings: Set = None, resume: Resume = False) -> 
     """Train a reward model (np-btl, btl, dpl) on choices."""
     from fssa_fast.data.choices import split_users
     from fssa_fast.data.files import choice_data, read_choices
-    from fssa_fast.steering import TextEmbedder
     from fssa_fast.training.config import RewardRun, read_run_config
     from fssa_fast.training.fit import fit_reward
     from fssa_fast.training.runs import file_hash
 
     run = read_run_config(RewardRun, config, settings or ())
-    embed = None if run.data.embedder is None else TextEmbedder.from_pretrained(run.data.embedder).encode
+    embedder = run.data.load_embedder()
+    embed = None if embedder is None else embedder.encode
     data = choice_data(read_choices(run.data.path), embed, path=run.data.path)
     train, validation, test = split_users(len(data.users), run.data.split_seed, run.data.shares)
     model = fit_reward(

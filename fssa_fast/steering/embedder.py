@@ -99,7 +99,10 @@ class TextEmbedder:
         """Loads encoder and tokenizer from a directory or a model's name; options as for the constructor."""
         from transformers import AutoModel, AutoTokenizer
 
-        return cls(AutoModel.from_pretrained(path), AutoTokenizer.from_pretrained(path), **options)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        if tokenizer.pad_token is None:  # as of many language models; what stands in the padding is masked
+            tokenizer.pad_token = tokenizer.eos_token
+        return cls(AutoModel.from_pretrained(path), tokenizer, **options)
 
     @classmethod
     def from_config(cls, config: EmbedderConfig, source: str | None = None) -> TextEmbedder:

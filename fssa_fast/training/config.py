@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 
 from fssa_fast.nn.files import read_text
 from fssa_fast.steering.config import ConfigError, LoraConfig, from_json
+from fssa_fast.steering.embedder import TextEmbedder
 from fssa_fast.training.fit import ExamplesConfig, RewardConfig
 from fssa_fast.training.policy import NPDPOArguments
 from fssa_fast.training.reward import RewardArguments
@@ -20,12 +21,21 @@ from fssa_fast.training.reward import RewardArguments
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where the choices are, what embeds their texts (a path; None where they are features), how users are split."""
+    """Where the choices are, what embeds their texts (a path; None where they are features), how users are split.
+
+    The embedder is any model of Hugging Face with hidden states: a text encoder, or a language model with pooling
+    "last", whose state at an answer's last token then stands for the answer.
+    """
 
     path: str
     embedder: str | None = None
+    pooling: Literal["mean", "first", "last"] = "mean"
     split_seed: int = 0
     shares: tuple[float, ...] = (0.7, 0.1, 0.2)
+
+    def load_embedder(self) -> TextEmbedder | None:
+        """The embedder, or None where options are features."""
+        return None if self.embedder is None else TextEmbedder.from_pretrained(self.embedder, pooling=self.pooling)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from fssa_fast.data.choices import split_users
 from fssa_fast.data.files import Choice, DataError, Embed, read_choices
 from fssa_fast.nn import NPBTL, ContextEncoder, RewardModel, pack_choices
 from fssa_fast.steering.config import ConfigError, EncoderConfig, SteeringConfig
-from fssa_fast.steering.embedder import TextEmbedder
 from fssa_fast.steering.policy import SteerablePolicy
 from fssa_fast.training.data import Preference, PreferenceData
 from fssa_fast.training.policy import NPDPOArguments, NPDPOTrainer, ReferenceCache
@@ -109,9 +108,9 @@ def fit_policy(config: PolicyRun, *, resume: bool = False, quiet: bool = False) 
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    if config.data.embedder is None:
+    embedder = config.data.load_embedder()
+    if embedder is None:
         raise ConfigError("data.embedder: expected the path of a text encoder, got none")
-    embedder = TextEmbedder.from_pretrained(config.data.embedder)
     train, _, _ = read_preferences(config.data, embedder.encode)
     encoder = None
     if config.reward is not None:
