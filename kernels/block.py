@@ -201,6 +201,7 @@ def attend_kernel(
     if not JOINED:
         first = tl.maximum(first, tl.program_id(2))
         last = tl.minimum(last, tl.program_id(2) + 1)
+    STRETCH: tl.constexpr = min(STEP, PAGE)  # of positions whose keys are neighbours
     for chunk in range(first, last):
         chunk_top = tl.full([GROUP], -1e38, tl.float32)
         chunk_total = tl.zeros([GROUP], tl.float32)
@@ -210,7 +211,7 @@ def attend_kernel(
             at = start + tl.arange(0, STEP)
             seen = (at >= begin) & (at < stop)
             page = tl.load(pages + at // PAGE, mask=at < stop, other=0).to(tl.int64)
-            key_at = tl.max_contiguous(tl.multiple_of(page * page_size + at % PAGE, PAGE), PAGE)
+            key_at = tl.max_contiguous(tl.multiple_of(page * page_size + at % PAGE, STRETCH), STRETCH)
             key_mask = (h < half)[:, None] & seen[None, :]
             keys = own_keys + h[:, None] * PAGE + key_at[None, :]
             scores = tl.zeros([GROUP, STEP], tl.float32)
