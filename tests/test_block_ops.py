@@ -179,7 +179,7 @@ HEADS = {
 }
 # Of each token: which sequence, and its position
 DECODE = [(2, 0), (0, 33), (1, 70), (3, 31)]
-PREFILL = [(2, 0), (2, 1), (0, 31), (0, 32), (0, 33), (2, 2), (1, 64), (1, 65)]
+PREFILL = [(2, 0), (2, 1), (0, 31), (0, 32), (1, 65)]
 
 
 def caches(case: str, tokens: list[tuple[int, int]], dtype: torch.dtype, room: int = 96) -> tuple[Any, ...]:

@@ -131,8 +131,9 @@ def make(kind: str = "llama") -> SteerablePolicy:
 
 
 def prefilled(policy: SteerablePolicy, slots: Tensor, length: int = 5) -> Any:
-    """A cache with a prompt for each of the slots."""
+    """A cache with a prompt for each of the slots, by direct steps."""
     fused, rows = policy.fused, len(slots)
+    graphs, fused.graphs = fused.graphs, None
     cache = fused.new_cache(rows, 64)
     for row in range(rows):
         cache.assign(row, [1 + 2 * row, 2 + 2 * row])
@@ -141,6 +142,7 @@ def prefilled(policy: SteerablePolicy, slots: Tensor, length: int = 5) -> Any:
         make_ids(rows, length).flatten().to(DEVICE), slots.repeat_interleave(length),
         which.repeat_interleave(length), torch.arange(length, device=DEVICE).repeat(rows), cache, length * which,
     )  # fmt: skip
+    fused.graphs = graphs
     return cache
 
 
@@ -205,7 +207,6 @@ def test_a_graph_for_each_size_and_cache(captures):
     fused.graphs = CudaGraphs(DEVICE)
     slots = slots_of(policy, "a", "b", PRIOR)
     first, second = prefilled(policy, slots), prefilled(policy, slots)
-    assert not captures  # prompts are not captured
     for rows in (3, 1, 3, 2, 3):
         decode(policy, first, slots[:rows], 1)
     assert len(captures) == 3
@@ -237,16 +238,22 @@ def test_graphs_go_when_the_buffers_grow(captures, monkeypatch):
     assert torch.equal(decode(policy, cache, slots, 1, 0), small) and len(captures) == 2
 
 
-def test_logits_of_all_tokens_in_another_order(captures):
+def test_a_prompt_and_its_last_logits(captures):
+    """Tokens of one sequence in one step, and the logits of some of them: the head runs after the graph."""
     policy = make()
-    policy.fused.graphs = CudaGraphs(DEVICE)
-    slots = slots_of(policy, "a", "b", PRIOR)
-    cache = prefilled(policy, slots)
-    which = torch.arange(3, device=DEVICE)
-    args = which + 7, slots, which, torch.full_like(which, 5), cache
-    logits = policy.fused.forward(*args).clone()
-    order = torch.tensor([2, 0, 1], device=DEVICE)
-    assert torch.equal(policy.fused.forward(*args, order), logits[order]) and len(captures) == 1
+    slots = slots_of(policy, "a", "a", "a")
+    ids, last = torch.tensor([7, 8, 9], device=DEVICE), torch.tensor([2], device=DEVICE)
+    found = []
+    for graphs in (None, CudaGraphs(DEVICE)):
+        policy.fused.graphs = graphs
+        cache = policy.fused.new_cache(1, 64)
+        cache.assign(0, [1, 2])
+        found.append(policy.fused.forward(ids, slots, 0 * slots, torch.arange(3, device=DEVICE), cache, last).clone())
+    assert found[1].shape == (1, 64) and len(captures) == 1
+    torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-5)
+    every = policy.fused.forward(ids, slots, 0 * slots, torch.arange(3, device=DEVICE), cache)
+    torch.testing.assert_close(every[2:], found[0], atol=1e-5, rtol=1e-5)
+    assert len(captures) == 2
 
 
 def test_an_engine_on_graphs(captures):

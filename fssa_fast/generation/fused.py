@@ -69,8 +69,8 @@ class _Block:
 class FusedModel:
     """The fused form of a policy's model, as its parameters are now: fuse again after training.
 
-    Made by `SteerablePolicy.fuse`. Any device works: the CPU by native steps, a GPU by Triton's, as CUDA graphs where a
-    step gives the logits of all its tokens. Not safe between threads.
+    Made by `SteerablePolicy.fuse`. Any device works: the CPU by native steps, a GPU by Triton's, replayed as CUDA
+    graphs where a step has at most 256 tokens. Not safe between threads.
 
     Raises: CannotFuse for an architecture, a projection, a rope or a hook that it does not know.
     """
@@ -296,36 +296,34 @@ class _Workspace:
         n, graphs = len(ids), self.fused.graphs
         for buffer, values in zip(self.index, (ids, slots, sequences, positions), strict=True):
             buffer[:n] = values
-        if graphs is None or not 0 < n <= SIZES[-1] or not (logits_of is None or len(logits_of) == n):
-            self._blocks(n, cache)
-            return self._head(self.normed[:n] if logits_of is None else self.normed[logits_of])
-        logits = self._replayed(graphs, padded(n), n, cache)
-        return logits if logits_of is None else logits[logits_of]
+        work = self._all_logits if logits_of is None else self._blocks
+        if graphs is not None and 0 < n <= SIZES[-1]:
+            found = self._replayed(graphs, work, padded(n), n, cache)
+        else:
+            found = work(n, cache)
+        return found if logits_of is None else self._head(found[logits_of])
 
     def forget(self, cache: BlockCache) -> None:
         """Drops the steps on a cache."""
         self._plans = {key: plan for key, plan in self._plans.items() if plan[1] is not cache}
         self._replays = {key: replay for key, replay in self._replays.items() if replay[1] is not cache}
 
-    def _replayed(self, graphs: CudaGraphs, size: int, n: int, cache: BlockCache) -> Tensor:
-        """The logits of the first n tokens, by the graph for `size`; the others are nobody's."""
+    def _replayed(
+        self, graphs: CudaGraphs, work: Callable[[int, BlockCache], Tensor], size: int, n: int, cache: BlockCache
+    ) -> Tensor:
+        """What the work gives for the first n tokens, by its graph for `size`; the others are nobody's."""
         self.index[:, n:size] = self.nobody
         rows = self.fused.policy.bank.rows
-        key = size, id(cache), id(rows)
+        key = size, work == self._all_logits, id(cache), id(rows)
         if key not in self._replays:
             if len(self._replays) >= self.KEPT:
                 self._replays.clear()
-
-            def work() -> Tensor:
-                self._blocks(size, cache)
-                return self._head(self.normed[:size])
-
-            replay = graphs.capture(work)
+            replay = graphs.capture(lambda: work(size, cache))
             self._replays[key] = replay, cache, rows, self.logits
         return self._replays[key][0]()[:n]
 
-    def _blocks(self, n: int, cache: BlockCache) -> None:
-        """From the ids of the first n tokens to `normed`."""
+    def _blocks(self, n: int, cache: BlockCache) -> Tensor:
+        """From the ids of the first n tokens to their last norm."""
         rows = self.fused.policy.bank.rows
         self.out[:n, : self.hidden.shape[1]] = self.fused.embed(self.ids[:n])
         key = n, id(cache), id(rows), torch.get_num_threads()
@@ -335,6 +333,10 @@ class _Workspace:
             self._plans[key] = list(self._steps(n, cache, rows)), cache, rows
         for step in self._plans[key][0]:
             step()
+        return self.normed[:n]
+
+    def _all_logits(self, n: int, cache: BlockCache) -> Tensor:
+        return self._head(self._blocks(n, cache))
 
     def _head(self, normed: Tensor) -> Tensor:
         fused = self.fused
