@@ -290,6 +290,7 @@ def test_bad_changes_leave_store_and_bank_alone(tmp_path):
         lambda: users.interpolate("c", {"a": 3e38, PRIOR: 3e38}),
         lambda: users.add_choices("a", [Choice(torch.full((WIDTH,), 3e38), torch.zeros(WIDTH))]),
         lambda: users.scale("a", 3e38),
+        lambda: users.scale("a", 1e300),
         lambda: policy.use_store(tmp_path / "other.db"),
     ):
         with pytest.raises(ValueError):

@@ -282,7 +282,7 @@ class StoredUsers(Users):
         bank, modulator = self._policy.bank, self._policy.modulator
         row = F.linear(user.latent.to(modulator.weight)[None], modulator.weight, modulator.bias)[0]
         bank.modulations[slot] = (user.strength * row).to(bank.rows.dtype)
-        bank.strengths[slot] = user.strength
+        bank.strengths[slot] = torch.tensor(user.strength, dtype=torch.float64).to(bank.rows)  # infinite, not an error
         if not torch.isfinite(bank.rows[slot]).all():
             raise ValueError(f"users: expected rows finite in {bank.rows.dtype}, got NaN or infinity for {user.name!r}")
 
