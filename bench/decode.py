@@ -53,7 +53,7 @@ SYSTEMS = (
 LATENT, EMBEDDING = 256, 384
 
 
-def _sizes(width: int, inner: int, blocks: int, heads: int, kv_heads: int, vocabulary: int) -> dict[str, int]:
+def _sizes(width: int, inner: int, blocks: int, heads: int, kv_heads: int, vocabulary: int) -> dict[str, Any]:
     return {
         "hidden_size": width,
         "intermediate_size": inner,
@@ -173,10 +173,12 @@ class Bench:
     def peft_mixed(self, system: str) -> Step:
         import peft
 
-        kept = {"autocast_adapter_dtype": False}  # the base model's dtype, as ours
-        model = peft.get_peft_model(twin(self.base), self._peft_config(), adapter_name="user0", **kept)
+        # Adapters in the base model's dtype, as ours are.
+        model = peft.get_peft_model(
+            twin(self.base), self._peft_config(), adapter_name="user0", autocast_adapter_dtype=False
+        )
         for name in self.names[1:]:
-            model.add_adapter(name, self._peft_config(), **kept)
+            model.add_adapter(name, self._peft_config(), autocast_adapter_dtype=False)
 
         def forward(**inputs: Any) -> Any:
             return model(adapter_names=self.names, **inputs)
