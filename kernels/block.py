@@ -177,6 +177,13 @@ def attend_kernel(
     sequence = tl.load(sequences_ptr + token).to(tl.int64)
     end = tl.where(sequence < 0, 0, position + 1)
     begin = tl.where(window > 0, tl.maximum(end - window, 0), 0)
+    first = begin // CHUNK
+    last = tl.cdiv(end, CHUNK)
+    if not JOINED:
+        first = tl.maximum(first, tl.program_id(2))
+        last = tl.minimum(last, tl.program_id(2) + 1)
+        if first >= last:  # most of them, where the cache has room for far more than there is
+            return
     g = tl.arange(0, GROUP)
     h = tl.arange(0, HALF)
     d = tl.arange(0, WIDTH)
@@ -196,11 +203,6 @@ def attend_kernel(
     top = tl.full([GROUP], -1e38, tl.float32)
     total = tl.zeros([GROUP], tl.float32)
     sums = tl.zeros([GROUP, WIDTH], tl.float32)
-    first = begin // CHUNK
-    last = tl.cdiv(end, CHUNK)
-    if not JOINED:
-        first = tl.maximum(first, tl.program_id(2))
-        last = tl.minimum(last, tl.program_id(2) + 1)
     STRETCH: tl.constexpr = min(STEP, PAGE)  # of positions whose keys are neighbours
     for chunk in range(first, last):
         chunk_top = tl.full([GROUP], -1e38, tl.float32)
@@ -234,7 +236,7 @@ def attend_kernel(
         _store_heads(
             out_ptr + token * out_stride + head * group * width, group, width, total, sums, GROUP, WIDTH
         )
-    elif first < last:
+    else:
         row = ((tl.program_id(2) * tl.num_programs(0) + token) * heads + head) * group + g
         tl.store(tops_ptr + row, top, mask=met)
         tl.store(totals_ptr + row, total, mask=met)
