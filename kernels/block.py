@@ -212,9 +212,9 @@ def attend_kernel(
         for start in range(tl.maximum(chunk * CHUNK, begin // STEP * STEP), stop, STEP):
             at = start + tl.arange(0, STEP)
             seen = (at >= begin) & (at < stop)
-            page = tl.load(pages + at // PAGE, mask=at < stop, other=0).to(tl.int64)
+            page = tl.load(pages + at // PAGE, mask=at // PAGE * PAGE < stop, other=0).to(tl.int64)
             key_at = tl.max_contiguous(tl.multiple_of(page * page_size + at % PAGE, STRETCH), STRETCH)
-            key_mask = (h < half)[:, None] & seen[None, :]
+            key_mask = (h < half)[:, None]  # whole pages, to be loaded 16 bytes at a time: what is not seen is left out
             keys = own_keys + h[:, None] * PAGE + key_at[None, :]
             scores = tl.zeros([GROUP, STEP], tl.float32)
             scores = dot(low, tl.load(keys, mask=key_mask, other=0.0), scores)

@@ -129,7 +129,7 @@ def attend_tile(head_width: int, dtype: torch.dtype) -> AttendTile:
     """Attention over the cache: a token's queries of one kv head, few enough for one tile of tensor cores."""
     if head_width > 128:
         return AttendTile(16, 512, 8, 2) if _wide(dtype) else AttendTile(32, 512, 4, 2)
-    return AttendTile(32, 512, 4, 2) if _wide(dtype) else AttendTile(64, 512, 4 if head_width <= 64 else 8, 3)
+    return AttendTile(32, 512, 4, 2) if _wide(dtype) else AttendTile(64, 512, 4, 2 if head_width <= 64 else 3)
 
 
 def attend_parts(programs: int, room: int, tile: AttendTile) -> int:
