@@ -1,11 +1,11 @@
 """What a decode step costs when every row of the batch is another user: python -m bench.decode
 
-SmolLM2-135M with its real weights, float32; adapters of rank 16 and 128 on q and v and film on every block. All systems
-run in one process, in turn, at the same length of context; a step is the forward of one token a row and the choice of
-the likeliest next one. Systems:
+SmolLM2-135M with its real weights, float32, on the CPU; with `--shapes`, random models of these shapes, bfloat16, on
+the GPU. Adapters of rank 16 and 128 on q and v and film on every block. All systems run in one process, in turn, at the
+same length of context; a step is the forward of one token a row and the choice of the likeliest next one. Systems:
 
     transformers            the plain model, eager, DynamicCache
-    transformers_compiled   the plain model, StaticCache, torch.compile
+    transformers_compiled   the plain model, StaticCache, torch.compile (on a GPU with its own CUDA graphs)
     reference               FiLM's matrices applied at every token, and a LoRA by peft
     peft_mixed              peft's adapter_names: a LoRA for every user, no film
     loop                    ours attached, one row after the other
@@ -15,6 +15,7 @@ the likeliest next one. Systems:
     fused_one_user          ours fused, all rows the same user
     engine                  ours fused, behind the engine's scheduler
 
+On a GPU the fused step is replayed from a CUDA graph.
 `--stream N` then serves N requests of N / 2 users with random lengths, and compares tokens a second with fused static
 batches of the same requests, and with the fused step alone.
 """
@@ -32,7 +33,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, StaticCache
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Qwen2Config, StaticCache
 
 from bench.timing import Timing, compare, machine
 from fssa_fast import BASE, Choice, EncoderConfig, LoraConfig, SteerablePolicy, SteeringConfig
@@ -51,7 +52,33 @@ SYSTEMS = (
 )
 LATENT, EMBEDDING = 256, 384
 
+
+def _sizes(width: int, inner: int, blocks: int, heads: int, kv_heads: int, vocabulary: int) -> dict[str, Any]:
+    return {
+        "hidden_size": width,
+        "intermediate_size": inner,
+        "num_hidden_layers": blocks,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": vocabulary,
+        "max_position_embeddings": 8192,
+    }
+
+
+SHAPES: dict[str, Callable[[], Any]] = {
+    "smollm2-135m": lambda: LlamaConfig(**_sizes(576, 1536, 30, 9, 3, 49152), tie_word_embeddings=True),
+    "qwen2.5-1.5b": lambda: Qwen2Config(**_sizes(1536, 8960, 28, 12, 2, 151936), tie_word_embeddings=True),
+    "qwen2.5-7b": lambda: Qwen2Config(**_sizes(3584, 18944, 28, 28, 4, 152064)),
+}
+
 Step = Callable[[], Any]
+
+
+def random_base(config: Any, device: str) -> Any:
+    """A model with random weights, bfloat16."""
+    with torch.device(device):
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
 
 
 def twin(model: nn.Module) -> Any:
@@ -79,10 +106,12 @@ class Bench:
 
     def __init__(self, base: Any, policy: SteerablePolicy, rank: int, rows: int, length: int) -> None:
         self.base, self.policy, self.rank, self.rows, self.length = base, policy, rank, rows, length
+        self.device = base.device
         draw = torch.Generator().manual_seed(1)
-        self.prompt = torch.randint(base.config.vocab_size, (rows, length), generator=draw)
+        self.prompt = torch.randint(base.config.vocab_size, (rows, length), generator=draw).to(self.device)
         self.names = [f"user{i}" for i in range(rows)]
-        self.slots = torch.tensor([policy.users.slot(name) for name in self.names], dtype=torch.int32)
+        slots = [policy.users.slot(name) for name in self.names]
+        self.slots = torch.tensor(slots, dtype=torch.int32, device=self.device)
 
     def steps(self, systems: list[str]) -> Iterator[tuple[str, Step]]:
         """The systems' steps, ready to run."""
@@ -106,11 +135,12 @@ class Bench:
 
     def transformers_compiled(self, system: str) -> Step:
         cache: Any = StaticCache(self.base.config, max_cache_len=self.length + 32)
-        positions = torch.arange(self.length)[None]
+        positions = torch.arange(self.length, device=self.device)[None]
         self.base(input_ids=self.prompt, past_key_values=cache, position_ids=positions, use_cache=True)
-        compiled = torch.compile(twin(self.base), dynamic=False)
-        token, where = self.prompt[:, :1], torch.tensor([[self.length]])
-        mask = torch.zeros(self.rows, 1, 1, self.length + 32)
+        mode = "reduce-overhead" if self.device.type == "cuda" else "default"
+        compiled = torch.compile(twin(self.base), dynamic=False, mode=mode)
+        token, where = self.prompt[:, :1].clone(), torch.tensor([[self.length]], device=self.device)
+        mask = torch.zeros(self.rows, 1, 1, self.length + 32, device=self.device, dtype=self.base.dtype)
         mask[..., self.length + 1 :] = float("-inf")
 
         def step() -> Tensor:
@@ -126,11 +156,12 @@ class Bench:
     def reference(self, system: str) -> Step:
         import peft
 
-        model = peft.get_peft_model(twin(self.base), self._peft_config())
-        latents = torch.randn(self.rows, LATENT)
+        model = peft.get_peft_model(twin(self.base), self._peft_config(), autocast_adapter_dtype=False)
+        kind = {"device": self.device, "dtype": self.base.dtype}
+        latents = torch.randn(self.rows, LATENT, **kind)
         for block in model.base_model.model.model.layers:
             width = self.base.config.hidden_size
-            film = nn.ModuleList([nn.Linear(LATENT, width), nn.Linear(LATENT, width)])
+            film = nn.ModuleList([nn.Linear(LATENT, width, **kind), nn.Linear(LATENT, width, **kind)])
 
             def hook(module: nn.Module, args: Any, output: Tensor, film: nn.ModuleList = film) -> Tensor:
                 gamma, beta = (matrix(latents[: len(output)])[:, None] for matrix in film)
@@ -142,9 +173,12 @@ class Bench:
     def peft_mixed(self, system: str) -> Step:
         import peft
 
-        model = peft.get_peft_model(twin(self.base), self._peft_config(), adapter_name="user0")
+        # Adapters in the base model's dtype, as ours are.
+        model = peft.get_peft_model(
+            twin(self.base), self._peft_config(), adapter_name="user0", autocast_adapter_dtype=False
+        )
         for name in self.names[1:]:
-            model.add_adapter(name, self._peft_config())
+            model.add_adapter(name, self._peft_config(), autocast_adapter_dtype=False)
 
         def forward(**inputs: Any) -> Any:
             return model(adapter_names=self.names, **inputs)
@@ -173,16 +207,17 @@ class Bench:
     def fused(self, system: str) -> Step:
         fused = self.policy.fused or self.policy.fuse(max_positions=2048)
         slots = {"fused": self.slots, "fused_base": 0 * self.slots, "fused_one_user": 0 * self.slots + self.slots[0]}
-        rows, own = torch.arange(self.rows), slots[system]
+        rows, own = torch.arange(self.rows, device=self.device), slots[system]
+        positions = torch.arange(self.length, device=self.device)
         cache = fused.new_cache(self.rows, self.length + 1)
         across = cache.table.shape[1]
         for row in range(self.rows):
             cache.assign(row, list(range(1 + row * across, 1 + (row + 1) * across)))
             fused.forward(
-                self.prompt[row], own[row].expand(self.length), rows[row].expand(self.length),
-                torch.arange(self.length), cache, torch.tensor([self.length - 1]),
+                self.prompt[row], own[row].expand(self.length), rows[row].expand(self.length), positions, cache,
+                positions[-1:],
             )  # fmt: skip
-        token, where = self.prompt[:, 0].clone(), torch.full((self.rows,), self.length)
+        token, where = self.prompt[:, 0].clone(), torch.full_like(rows, self.length)
 
         def step() -> Tensor:
             return fused.forward(token, own, rows, where, cache).argmax(-1)
@@ -218,10 +253,10 @@ def first_tokens(bench: Bench, systems: list[str]) -> dict[str, Timing]:
             across, length = cache.table.shape[1], bench.length
             for row in range(bench.rows):
                 cache.assign(row, list(range(1 + row * across, 1 + (row + 1) * across)))
+            rows, positions = (torch.arange(count, device=bench.device) for count in (bench.rows, length))
             sides["fused"] = lambda: fused.forward(
-                bench.prompt.flatten(), bench.slots.repeat_interleave(length),
-                torch.arange(bench.rows).repeat_interleave(length), torch.arange(length).repeat(bench.rows), cache,
-                torch.arange(bench.rows) * length + length - 1,
+                bench.prompt.flatten(), bench.slots.repeat_interleave(length), rows.repeat_interleave(length),
+                positions.repeat(bench.rows), cache, rows * length + length - 1,
             )  # fmt: skip
         return compare(sides, seconds=2.0, rounds=5) if sides else {}
 
@@ -309,25 +344,10 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def main() -> None:
-    """The command line."""
-    from examples.demo.base import load_base
-
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32, 64])
-    parser.add_argument("--ranks", type=int, nargs="+", default=[16, 128])
-    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
-    parser.add_argument("--steps", type=int, default=11, help="timed steps of each system")
-    parser.add_argument("--seconds", type=float, default=4.0, help="fewer steps, but 5, where a system's take longer")
-    parser.add_argument("--prompt", type=int, default=32, help="tokens of context before the step")
-    parser.add_argument("--stream", type=int, default=200, help="requests of the engine's stream; 0 leaves it out")
-    parser.add_argument("--cache-dir", type=Path, help="directory of the base model's dequantised copy")
-    parser.add_argument("--json", type=Path, help="where to write the results, a list of objects")
-    parser.add_argument("--plot", type=Path, help="where to draw them")
-    args = parser.parse_args()
-
-    base, _ = load_base(args.cache_dir)
+def measure(base: Any, name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The results of one model, printed as they come."""
     about, results = machine(), []
+    about |= {"model": name, "dtype": str(base.dtype).removeprefix("torch."), "device": base.device.type}
     for rank in args.ranks:
         policy = make_policy(base, rank, max(100, *args.rows))
         assert policy.users.slot(BASE) == 0
@@ -362,10 +382,43 @@ def main() -> None:
             head = {"system": "engine_stream", "distinct_users": found["users"], "rank": rank}
             results.append({**head, **found, **about})
         policy.unfuse()
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=2) + "\n")
-    if args.plot:
-        plot([result for result in results if "ms_per_step" in result], args.plot)
+    return results
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, nargs="+", help="1, 8, 32, 64; with --shapes also 128 and 256")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[16, 128])
+    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
+    parser.add_argument("--steps", type=int, default=11, help="timed steps of each system")
+    parser.add_argument("--seconds", type=float, default=4.0, help="fewer steps, but 5, where a system's take longer")
+    parser.add_argument("--prompt", type=int, default=32, help="tokens of context before the step")
+    parser.add_argument("--stream", type=int, default=200, help="requests of the engine's stream; 0 leaves it out")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=[], help="random models on the GPU instead")
+    parser.add_argument("--cache-dir", type=Path, help="directory of the base model's dequantised copy")
+    parser.add_argument("--json", type=Path, help="where to write the results, a list of objects")
+    parser.add_argument("--plot", type=Path, help="where to draw them; of several models a file each, by its name")
+    args = parser.parse_args()
+    if args.shapes and not torch.cuda.is_available():
+        parser.error("--shapes: expected a GPU that torch finds, got none")
+    args.rows = args.rows or [1, 8, 32, 64, *([128, 256] if args.shapes else [])]
+
+    everything: list[dict[str, Any]] = []
+    for shape in args.shapes or ["SmolLM2-135M"]:
+        if args.shapes:
+            base = random_base(SHAPES[shape](), "cuda")
+        else:
+            from examples.demo.base import load_base
+
+            base, _ = load_base(args.cache_dir)
+        results = measure(base, shape, args)
+        everything += results
+        if args.json:
+            args.json.write_text(json.dumps(everything, indent=2) + "\n")
+        if args.plot:
+            path = args.plot.with_stem(f"{args.plot.stem}-{shape}") if len(args.shapes) > 1 else args.plot
+            plot([result for result in results if "ms_per_step" in result], path)
 
 
 if __name__ == "__main__":

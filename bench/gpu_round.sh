@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # One round on a machine with a GPU, torch with CUDA, triton and nvcc; no network: builds, tests, sanitizes, measures.
 #
-#   bench/gpu_round.sh [FOLDER]     results go to FOLDER (bench/results): gpu-CHIP-DATE.json, .md and .log
+#   bench/gpu_round.sh [FOLDER]     results go to FOLDER (bench/results): gpu-CHIP-DATE.json, -decode.json, .md and .log
 #
 # PYTHON names the interpreter that has torch (python3). Nothing of its environment is changed: the package is built into
-# a folder of its own. Every step has a limit, under eight minutes together; a step that fails is told in the results and
+# a folder of its own. Every step has a limit, under nine minutes together; a step that fails is told in the results and
 # the others go on. Returns 1 where the build, a test or a measurement failed.
 set -uo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -67,6 +67,7 @@ if step 120 build "$python" -m pip install -q --no-index --no-deps --no-build-is
     echo "compute-sanitizer	not installed	0 s" | tee -a "$steps"
   fi
   step 90 benchmarks "$python" -m bench.gpu --json "$work/gpu.json" --table "$work/gpu.md" || failed=1
+  step 75 decode "$python" -m bench.decode --shapes qwen2.5-1.5b --rows 32 64 --ranks 128 --systems transformers peft_mixed attached fused_base fused --seconds 0.5 --stream 0 --json "$results/$name-decode.json" || failed=1
 else
   failed=1
 fi

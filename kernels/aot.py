@@ -33,7 +33,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from fssa_fast.kernels import context, film, lora
+from fssa_fast.kernels import block, context, film, lora
 from fssa_fast.kernels.common import INTERPRETED
 
 TABLE = Path(__file__).with_name("aot.json")
@@ -116,6 +116,34 @@ def _context(
     return launch
 
 
+def _block(
+    rows: int, inner: int, heads: int, kv_heads: int, width: int, rank: int = 16, gemma: bool = False
+) -> Callable[[torch.dtype], Any]:
+    def launch(dtype: torch.dtype) -> None:
+        sizes = [heads * width, kv_heads * width, kv_heads * width, rank, rank]
+        q, k, v, *hiddens = _empty(rows, sum(sizes), dtype=dtype).split(sizes, 1)
+        bank, index = _empty(64, 4 * rank, dtype=dtype), _empty(rows, dtype=torch.int32)
+        angles = _empty(4096, width, dtype=torch.float32)
+        rotary = block.Rotary(angles, angles, _empty(width, dtype=dtype) if gemma else None, 1e-6)
+        pages = _empty(4096, kv_heads, width, 32, dtype=dtype), _empty(4096, kv_heads, 32, width, dtype=dtype)
+        where = index, index, _empty(rows, 128, dtype=torch.int32), *pages
+        softcap, window = (50.0, 4096) if gemma else (0.0, 0)
+        block.attend_(q, rotary, *where, width**-0.5, softcap, window, _empty(rows, heads * width, dtype=dtype))
+        if gemma:
+            return
+        gamma, beta = bank[:, :rank], bank[:, rank : 2 * rank]
+        adapted = zip(hiddens, (q, v), strict=True)
+        parts = [block.Part(h, gamma, beta, _empty(y.shape[1], rank, dtype=dtype), y) for h, y in adapted]
+        block.adapt_(parts, index)
+        if rows > 256:
+            return
+        block.remember_(k, v, rotary, *where)
+        gates = _empty(rows, 2 * inner, dtype=dtype)
+        block.gate_(gates[:, :inner], gates[:, inner:], _empty(rows, inner, dtype=dtype), silu=True)
+
+    return launch
+
+
 CASES: dict[str, Callable[[torch.dtype], Any]] = {
     "film-576": _film(32, 576, "film"),
     "film-4096": _film(32, 4096, "film"),
@@ -137,6 +165,11 @@ CASES: dict[str, Callable[[torch.dtype], Any]] = {
     "lora-prefill-4096": _lora(4096, 4096, [16, 16], [4096, 1024]),
     "lora-prefill-rank512": _lora(4096, 4096, [512], [4096]),
     "lora_backward-4096": _lora(4096, 4096, [16, 16], [4096, 1024], backward=True),
+    "block-decode-576": _block(32, 1536, 9, 3, 64),
+    "block-decode-1536": _block(32, 8960, 12, 2, 128),
+    "block-decode-gemma": _block(32, 9216, 8, 4, 256, gemma=True),
+    "block-prefill-576": _block(1024, 1536, 9, 3, 64),
+    "block-prefill-1536": _block(1024, 8960, 12, 2, 128),
     "context-linear": _context(80, 384, 256, "linear", "self-attention", 8),
     "context-mlp-sampled": _context(4096, 384, 256, "mlp", "self-attention", 8, sampled=True),
     "context-one-head": _context(80, 768, 512, "linear", "self-attention", 1),

@@ -116,3 +116,25 @@ def attention_tile(depth: int, dtype: torch.dtype) -> AttentionTile:
     if _wide(dtype):
         return AttentionTile(32, 16, 4)
     return AttentionTile(64, power_of_two(depth, 16, 64), 8)
+
+
+class AttendTile(NamedTuple):
+    step: int  # positions at a time
+    chunk: int  # positions that are summed by themselves, then merged with the others
+    warps: int
+    stages: int
+
+
+def attend_tile(head_width: int, dtype: torch.dtype) -> AttendTile:
+    """Attention over the cache: a token's queries of one kv head, few enough for one tile of tensor cores."""
+    if head_width > 128:
+        return AttendTile(16, 512, 8, 2) if _wide(dtype) else AttendTile(32, 512, 4, 2)
+    return AttendTile(32, 512, 4, 2) if _wide(dtype) else AttendTile(64, 512, 4, 2 if head_width <= 64 else 3)
+
+
+def attend_parts(programs: int, room: int, tile: AttendTile) -> int:
+    """How many programs share out a token's chunks, in a cache with room for so many positions a sequence.
+
+    All of them side by side while there are few other programs, else one after the other: the bits are the same.
+    """
+    return 1 if programs >= 512 else -(-room // tile.chunk)

@@ -61,7 +61,7 @@ def test_the_whole_table_can_run() -> None:
     for key, row in table.items():
         assert not aot.worse(key, row, row)
         chip, _, dtype, kernel = key.split("/")
-        multiplies = "film" not in kernel and kernel not in ("lora_ranks", "context_sum")
+        multiplies = "film" not in kernel and kernel not in ("lora_ranks", "context_sum", "remember", "gate", "join")
         if multiplies and dtype != "float32":
             assert row["products"], key
     assert {key.split("/")[0] for key in table} == set(aot.TARGETS)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import make_model
 
-from bench.decode import Bench, first_tokens, make_policy, stream
+from bench.decode import SHAPES, Bench, first_tokens, make_policy, random_base, stream
 from bench.users import additions, at_rest, changes
 
 
@@ -33,6 +33,16 @@ def test_those_that_compute_the_same_agree(bench):
         found = {name: step().clone() for name, step in steps.items()}
     assert torch.equal(found["transformers"], found["fused_base"]) and torch.equal(found["attached"], found["fused"])
     assert set(first_tokens(bench, ["transformers", "attached", "fused"])) == {"transformers", "attached", "fused"}
+
+
+def test_random_models_of_a_shape():
+    config = SHAPES["qwen2.5-1.5b"]()
+    assert (config.hidden_size, config.num_hidden_layers, config.num_key_value_heads) == (1536, 28, 2)
+    base = random_base(make_model("qwen2", max_position_embeddings=2048).config, "cpu")
+    assert base.dtype == torch.bfloat16
+    with torch.inference_mode():
+        ((_, step),) = Bench(base, make_policy(base, 4, 2), 4, 2, 8).steps(["fused"])
+        assert step().shape == (2,)
 
 
 def test_the_stream_is_what_each_request_gets_alone(bench):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from tiny import EOS, LATENT, WIDTH, make_choices, make_ids, make_model, make_policy
 
-from fssa_fast import BankFull, Choice, SteerablePolicy, UnknownUser
+from fssa_fast import BASE, PRIOR, BankFull, Choice, SteerablePolicy, UnknownUser
 from fssa_fast.nn import ContextEncoder
 from fssa_fast.steering import SqliteStore, StoreConflict, StoredUsers, StoreError
 from fssa_fast.steering.growing import GrowingContext
@@ -283,9 +283,14 @@ def test_bad_changes_leave_store_and_bank_alone(tmp_path):
         lambda: users.add("a", []),
         lambda: users.add("__base__", []),
         lambda: users.scale("a", float("nan")),
-        lambda: users.interpolate("c", {"a": 1.0}),
+        lambda: users.interpolate("a", {"a": 1.0}),
+        lambda: users.interpolate("c", {}),
+        lambda: users.interpolate("c", {"a": 1.0, PRIOR: -1.0}),
+        lambda: users.interpolate("c", {"a": float("inf")}),
+        lambda: users.interpolate("c", {"a": 3e38, PRIOR: 3e38}),
         lambda: users.add_choices("a", [Choice(torch.full((WIDTH,), 3e38), torch.zeros(WIDTH))]),
         lambda: users.scale("a", 3e38),
+        lambda: users.scale("a", 1e300),
         lambda: policy.use_store(tmp_path / "other.db"),
     ):
         with pytest.raises(ValueError):
@@ -294,6 +299,29 @@ def test_bad_changes_leave_store_and_bank_alone(tmp_path):
         with pytest.raises(UnknownUser):
             change()
     assert users["a"].version == 1 and torch.equal(row(policy, "a"), before) and len(policy.bank._free) == free
+
+
+def test_blends_are_kept(tmp_path):
+    """As rows that a fetch gives again, and for others in the bank, within the rounding of a latent in bfloat16."""
+    policy, users = at_rest(tmp_path / "users.db")
+    users.add("a", make_choices(1))
+    users.scale("a", 0.5)
+    users.add("b", make_choices(2))
+    blends = {"mix": {"a": 0.6, "b": 0.7}, "less": {"a": 1.0, PRIOR: -1.0, BASE: 9.0}, "base": {BASE: 1.0}}
+    for name, weights in blends.items():
+        blend = users.blend(weights)
+        users.interpolate(name, weights)
+        torch.testing.assert_close(row(policy, name), blend, rtol=1e-2, atol=1e-2 * float(blend.abs().max()))
+    assert not row(policy, "base").any()
+    rows = {name: row(policy, name) for name in ("mix", "less")}
+    again, found = at_rest(tmp_path / "users.db")
+    assert sorted(found) == ["a", "b", "base", "less", "mix"]
+    assert all(torch.equal(row(again, name), kept) for name, kept in rows.items())
+    found.interpolate("mixed", {"mix": 0.5, "b": 0.5})
+    with pytest.raises(ValueError, match="choices were kept"):
+        found.add_choices("mix", make_choices(3))
+    with pytest.raises(UnknownUser):
+        found.interpolate("c", {"nobody": 1.0})
 
 
 def test_latents_alone(tmp_path):

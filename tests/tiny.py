@@ -80,7 +80,7 @@ def shake(policy: SteerablePolicy, seed: int = 1, size: float = 0.2) -> Steerabl
     with torch.no_grad():
         for name, parameter in sorted(policy.named_parameters()):
             if name.startswith("modulator.") or ".fssa." in name:
-                parameter.add_(size * torch.randn(parameter.shape, generator=draw))
+                parameter.add_((size * torch.randn(parameter.shape, generator=draw)).to(parameter.device))
     policy.users.refresh()
     return policy
 

@@ -1,4 +1,5 @@
-"""What a fused block computes, step by step: on the CPU by the native core, elsewhere by the definitions in PyTorch.
+"""What a fused block computes, step by step: by the native core on the CPU, by Triton's kernels on a GPU (see
+`triton_ops`), and by the definitions in PyTorch anywhere.
 
 Every method prepares one step on tensors that stay where they are, and returns it as a function without arguments, so
 that a decode step is a list of calls. Results are written into the tensors given. In the native steps the bits of a row
@@ -7,6 +8,7 @@ do not depend on the other rows, nor on how many there are.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -20,6 +22,8 @@ from fssa_fast.backends import BackendError, chosen_backend
 from fssa_fast.backends.addresses import CODES, at
 from fssa_fast.generation.cache import BLOCK, BlockCache
 from fssa_fast.ops.film import film_norm_reference
+
+logger = logging.getLogger("fssa_fast")
 
 Step = Callable[[], None]
 
@@ -68,6 +72,8 @@ class AttentionSettings:
 class BlockOps(Protocol):
     """The steps of a fused block. n tokens; `slots`, `positions`, `sequences` are int32 [n]."""
 
+    capturable: bool  # whether steps on a GPU can be captured in a graph: nothing waits for it or reads from it
+
     def pack(self, weight: Tensor) -> Packed:
         """A weight [O, I], copied into the form that `linear` and `adapt` take."""
 
@@ -110,24 +116,44 @@ class BlockOps(Protocol):
 
 
 def ops_for(device: torch.device, dtype: torch.dtype) -> BlockOps:
-    """The native steps where the core takes the dtype, else the definitions; as the backend chosen says."""
+    """The steps by the backend chosen, which then takes this dtype on this device or raises BackendError.
+
+    Left to itself: the native core for the CPU, Triton for a GPU, else the definitions.
+    """
     chosen = chosen_backend()
     if chosen == "reference":
         return PlainOps()
+    name = chosen if chosen != "auto" else "cpu" if device.type == "cpu" else "triton"
+    try:
+        return _ops_of(name, device, dtype)
+    except (BackendError, ImportError) as reason:
+        if chosen != "auto":
+            raise BackendError(f"backend {name!r} was asked for but cannot run the fused form: {reason}") from reason
+        logger.warning("the fused form runs by its definitions in PyTorch (%s: %s)", name, reason)
+        return PlainOps()
+
+
+def _ops_of(name: str, device: torch.device, dtype: torch.dtype) -> BlockOps:
+    if name == "triton":
+        from fssa_fast.generation.triton_ops import TritonOps  # needs triton
+
+        return TritonOps(device, dtype)
+    if name != "cpu":
+        raise BackendError("it has no steps of a block")
     core, reason = load_native()
     if device.type != "cpu":
         reason = f"tensors on {device} are not taken"
     elif dtype not in CODES:
         reason = f"dtype {dtype} is not taken"
-    if reason is None:
-        return NativeOps(core)
-    if chosen == "cpu":
-        raise BackendError(f"backend 'cpu' was asked for but cannot run the fused form: {reason}")
-    return PlainOps()
+    if reason is not None:
+        raise BackendError(reason)
+    return NativeOps(core)
 
 
 class NativeOps:
     """The steps by the native core, on the CPU."""
+
+    capturable = False
 
     def __init__(self, core: Any) -> None:
         self._core = core
@@ -221,6 +247,8 @@ class NativeOps:
 
 class PlainOps:
     """The definitions of the steps, in PyTorch: any device, any dtype."""
+
+    capturable = False
 
     def pack(self, weight: Tensor) -> Packed:
         return Packed(weight.detach().clone(), *weight.shape)

@@ -3,13 +3,14 @@
 A block is: one product for queries, keys, values and the A matrices of the adapters beside them; the adapters'
 expansion, added in place; one step from there through norms, rotary positions and the cache to the attention's output;
 the output projection; residual add and norm; one product for gate and up; their product; the down projection; and film,
-folded into the residual add and the next norm. The base model's parameters stay as they are; the packed copies take as
-much memory again. The attached form goes on working beside the fused one.
+folded into the residual add and the next norm: ten launches a block on a GPU with an adapter, nine without. The base
+model's parameters stay as they are; the packed copies take as much memory again. The attached form goes on working
+beside the fused one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from fssa_fast.generation.block_ops import ACTIVATIONS, AttentionSettings, Expansion, Packed, Step, ops_for
 from fssa_fast.generation.cache import BlockCache
+from fssa_fast.generation.graphs import SIZES, CudaGraphs, padded
 from fssa_fast.steering.sites import LoraSite
 
 if TYPE_CHECKING:
@@ -67,7 +69,8 @@ class _Block:
 class FusedModel:
     """The fused form of a policy's model, as its parameters are now: fuse again after training.
 
-    Made by `SteerablePolicy.fuse`. Any device works; the native steps are the CPU's. Not safe between threads.
+    Made by `SteerablePolicy.fuse`. Any device works: the CPU by native steps, a GPU by Triton's, replayed as CUDA
+    graphs where a step has at most 256 tokens. Not safe between threads.
 
     Raises: CannotFuse for an architecture, a projection, a rope or a hook that it does not know.
     """
@@ -79,6 +82,8 @@ class FusedModel:
         self.config = model.config.get_text_config()
         self.dtype, self.device = model.dtype, policy.device
         self.ops = ops_for(self.device, self.dtype)
+        captures = self.device.type == "cuda" and self.ops.capturable
+        self.graphs = CudaGraphs(self.device) if captures else None
         self.max_positions = max_positions or self.config.max_position_embeddings
         backbone = model.model
         self.embed = backbone.embed_tokens
@@ -147,7 +152,7 @@ class FusedModel:
 
         Returns: logits [m, V], in memory that the next call writes again.
         Raises: ValueError for arguments of different lengths; IndexError for a slot, a sequence or a position that is
-            out of range.
+            out of range. On a GPU, where to look would be to wait, they are taken as they are.
         """
         n = len(ids)
         for name, values in (("slots", slots), ("sequences", sequences), ("positions", positions)):
@@ -156,8 +161,10 @@ class FusedModel:
             if values.device.type == "cpu" and n and int(values.min()) < 0:
                 raise IndexError(f"{name}: expected numbers of at least 0, got {int(values.min())}")
         if n > self._workspace.size:
-            self._workspace = _Workspace(self, max(n, 2 * self._workspace.size))
-        return self._workspace.run(ids, slots, sequences, positions, cache, logits_of)
+            least = 0 if self.graphs is None else SIZES[-1]  # graphs hold addresses: they go when it grows
+            self._workspace = _Workspace(self, max(n, 2 * self._workspace.size, least))
+        with torch.cuda.device_of(self.embed.weight):
+            return self._workspace.run(ids, slots, sequences, positions, cache, logits_of)
 
     def forget(self, cache: BlockCache) -> None:
         """Lets go what is kept for the steps on a cache that will not be used again, and so the cache itself."""
@@ -253,20 +260,21 @@ class _Workspace:
     """Buffers for up to `size` tokens, and the list of steps for each number of tokens met."""
 
     KEPT = 72  # numbers of tokens whose steps are kept
+    NOBODY = (0, 0, -1, 0)  # the id, slot, sequence and position of a token that fills a graph up
 
     def __init__(self, fused: FusedModel, size: int) -> None:
         self.fused, self.size = fused, size
         # Steps hold addresses: what they belong to is kept with them.
         self._plans: dict[tuple[int, ...], tuple[list[Step], BlockCache, Tensor]] = {}
+        self._replays: dict[tuple[int, ...], tuple[Callable[[], Tensor], BlockCache, Tensor, Tensor]] = {}
         width, block = fused.embed.weight.shape[1], fused.blocks[0]
 
         def new(columns: int) -> Tensor:
-            return torch.empty(size, columns, dtype=fused.dtype, device=fused.device)
+            return torch.zeros(size, columns, dtype=fused.dtype, device=fused.device)
 
-        def index(dtype: torch.dtype) -> Tensor:
-            return torch.zeros(size, dtype=dtype, device=fused.device)
-
-        self.slots, self.sequences, self.positions = index(torch.int32), index(torch.int32), index(torch.int32)
+        self.index = torch.zeros(4, size, dtype=torch.int32, device=fused.device)
+        self.ids, self.slots, self.sequences, self.positions = self.index
+        self.nobody = torch.tensor(self.NOBODY, dtype=torch.int32, device=fused.device)[:, None]
         self.hidden, self.normed = new(width), new(width)
         self.qkv = new(max(b.qkv.weight.outputs for b in fused.blocks))
         self.attended = new(block.attention.heads * block.attention.head_width)
@@ -285,11 +293,39 @@ class _Workspace:
         cache: BlockCache,
         logits_of: Tensor | None,
     ) -> Tensor:
-        n, fused = len(ids), self.fused
-        for buffer, values in ((self.slots, slots), (self.sequences, sequences), (self.positions, positions)):
+        n, graphs = len(ids), self.fused.graphs
+        for buffer, values in zip(self.index, (ids, slots, sequences, positions), strict=True):
             buffer[:n] = values
-        self.out[:n, : self.hidden.shape[1]] = fused.embed(ids)
-        rows = fused.policy.bank.rows
+        work = self._all_logits if logits_of is None else self._blocks
+        if graphs is not None and 0 < n <= SIZES[-1]:
+            found = self._replayed(graphs, work, padded(n), n, cache)
+        else:
+            found = work(n, cache)
+        return found if logits_of is None else self._head(found[logits_of])
+
+    def forget(self, cache: BlockCache) -> None:
+        """Drops the steps on a cache."""
+        self._plans = {key: plan for key, plan in self._plans.items() if plan[1] is not cache}
+        self._replays = {key: replay for key, replay in self._replays.items() if replay[1] is not cache}
+
+    def _replayed(
+        self, graphs: CudaGraphs, work: Callable[[int, BlockCache], Tensor], size: int, n: int, cache: BlockCache
+    ) -> Tensor:
+        """What the work gives for the first n tokens, by its graph for `size`; the others are nobody's."""
+        self.index[:, n:size] = self.nobody
+        rows = self.fused.policy.bank.rows
+        key = size, work == self._all_logits, id(cache), id(rows)
+        if key not in self._replays:
+            if len(self._replays) >= self.KEPT:
+                self._replays.clear()
+            replay = graphs.capture(lambda: work(size, cache))
+            self._replays[key] = replay, cache, rows, self.logits
+        return self._replays[key][0]()[:n]
+
+    def _blocks(self, n: int, cache: BlockCache) -> Tensor:
+        """From the ids of the first n tokens to their last norm."""
+        rows = self.fused.policy.bank.rows
+        self.out[:n, : self.hidden.shape[1]] = self.fused.embed(self.ids[:n])
         key = n, id(cache), id(rows), torch.get_num_threads()
         if key not in self._plans:
             if len(self._plans) >= self.KEPT:
@@ -297,16 +333,18 @@ class _Workspace:
             self._plans[key] = list(self._steps(n, cache, rows)), cache, rows
         for step in self._plans[key][0]:
             step()
-        normed = self.normed[:n] if logits_of is None else self.normed[logits_of]
+        return self.normed[:n]
+
+    def _all_logits(self, n: int, cache: BlockCache) -> Tensor:
+        return self._head(self._blocks(n, cache))
+
+    def _head(self, normed: Tensor) -> Tensor:
+        fused = self.fused
         if len(normed) > len(self.logits):
             self.logits = torch.empty(len(normed), fused.vocabulary, dtype=fused.dtype, device=fused.device)
         logits = self.logits[: len(normed)]
         fused.ops.linear(normed, fused.head, fused.head_bias, logits)()
         return logits if fused.softcap is None else fused.softcap * torch.tanh(logits / fused.softcap)
-
-    def forget(self, cache: BlockCache) -> None:
-        """Drops the steps on a cache."""
-        self._plans = {key: plan for key, plan in self._plans.items() if plan[1] is not cache}
 
     def _steps(self, n: int, cache: BlockCache, rows: Tensor) -> Iterator[Step]:
         fused, ops = self.fused, self.fused.ops
@@ -320,7 +358,8 @@ class _Workspace:
             return ops.film_norm(x, residual, scale, shift, slots, weight, fused.eps, to, normed)
 
         def alone(x: Tensor, weight: Tensor) -> Step:
-            return ops.film_norm(x, self.zeros.expand(n, width), nothing, nothing, slots, weight, fused.eps, x, x)
+            zeros = self.zeros.expand(n, width)
+            return ops.film_norm(x, zeros, nothing, nothing, slots, weight, fused.eps, normed, normed)
 
         def project(x: Tensor, group: _Group, buffer: Tensor) -> Iterator[Step]:
             y = buffer[:n]
@@ -349,14 +388,16 @@ class _Workspace:
             yield from project(attended, block.o, self.out)
             if block.after_attention is not None:
                 yield alone(out, block.after_attention)
-            yield norm(out, hidden, block.mid_norm, None, hidden)
+            added = out if block.after_attention is None else normed
+            yield norm(added, hidden, block.mid_norm, None, hidden)
             yield from project(normed, block.gate_up, self.gate_up)
             gate, up = (self.gate_up[:n, columns] for columns in block.gate_up.columns)
             yield ops.gate(fused.activation, gate, up, gated)
             yield from project(gated, block.down, self.out)
             if block.after_mlp is not None:
                 yield alone(out, block.after_mlp)
-            yield norm(out, hidden, next_norm, block.film, hidden)
+            added = out if block.after_mlp is None else normed
+            yield norm(added, hidden, next_norm, block.film, hidden)
 
 
 def _activation(config: Any) -> str:

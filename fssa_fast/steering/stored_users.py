@@ -19,7 +19,7 @@ from fssa_fast.nn import ContextEncoder
 from fssa_fast.steering.choices import Choice
 from fssa_fast.steering.growing import GrowingContext
 from fssa_fast.steering.store import Change, Choices, Option, Stamp, StoredUser, StoreError, UserStore
-from fssa_fast.steering.users import Steerer, UnknownUser, User, Users, _finite
+from fssa_fast.steering.users import BASE, PRIOR, Steerer, UnknownUser, User, Users, _finite
 
 
 class StoredUsers(Users):
@@ -146,8 +146,32 @@ class StoredUsers(Users):
             return self._commit([self._changed(self._stored(name), strength=_finite("strength", strength))])[0]
 
     def interpolate(self, name: str, weights: Mapping[str, float]) -> User:
-        """Raises ValueError: a store keeps users, not blends of them; the engine takes blends with a request."""
-        raise ValueError(f"name: expected a user of its own, since users are in a store; got the blend {name!r}")
+        """Adds a user whose row is the weighted sum of others' (BASE and PRIOR too) as they are now.
+
+        At rest it is the latent and the strength that give this row, but for the latent's rounding, and no choices.
+        Raises ValueError for weights that with the users' strengths add up to 0, where the row is no latent's.
+        """
+        with self._lock:
+            self._check_free(name)
+            if not weights:
+                raise ValueError("weights: expected at least one user, got none")
+            strength, latent = 0.0, torch.zeros(self._policy.encoder.latent_width, dtype=torch.float64)
+            for other, weight in weights.items():
+                share = _finite("weights", weight)
+                if other == BASE:
+                    continue
+                if other == PRIOR:
+                    (own,) = self._encode([torch.empty(0, 2, self._width)])
+                else:
+                    stored = self._stored(other)
+                    own, share = stored.latent, share * stored.strength
+                strength += share
+                latent += share * own.detach().cpu().double()
+            if strength:
+                latent = _finite_latents(latent / strength)
+            elif latent.any():
+                raise ValueError(f"weights: expected ones that with strengths do not add up to 0, got {dict(weights)}")
+            return self._commit([Change(StoredUser(name, 1, strength, _at_rest(latent)), None, True)])[0]
 
     def remove(self, name: str) -> None:
         """Forgets a user, here and in the store. Generations that serve it end as they began."""
@@ -187,11 +211,14 @@ class StoredUsers(Users):
             )
         return stored
 
+    def _check_free(self, name: str) -> None:
+        self._check_new(name)
+        if name in self:
+            raise ValueError(f"name: expected a new one, got {name!r}, which is taken; use update or add_choices")
+
     def _new(self, users: Mapping[str, Sequence[Choice]]) -> list[Change]:
         for name in users:
-            self._check_new(name)
-            if name in self:
-                raise ValueError(f"name: expected a new one, got {name!r}, which is taken; use update or add_choices")
+            self._check_free(name)
         known = [self._options(choices) for choices in users.values()]
         latents = self._encode([_pairs(own, self._width) for own in known])
         return [
@@ -255,7 +282,7 @@ class StoredUsers(Users):
         bank, modulator = self._policy.bank, self._policy.modulator
         row = F.linear(user.latent.to(modulator.weight)[None], modulator.weight, modulator.bias)[0]
         bank.modulations[slot] = (user.strength * row).to(bank.rows.dtype)
-        bank.strengths[slot] = user.strength
+        bank.strengths[slot] = torch.tensor(user.strength, dtype=torch.float64).to(bank.rows)  # infinite, not an error
         if not torch.isfinite(bank.rows[slot]).all():
             raise ValueError(f"users: expected rows finite in {bank.rows.dtype}, got NaN or infinity for {user.name!r}")
 

@@ -1,0 +1,385 @@
+"""What a fused block does between its matrix products: adapt, gate, the norm with film, and attention over a cache.
+
+A launch each, into the tensors given, with nothing read back by the host: so a decode step can be captured in a graph
+and replayed. The cache holds keys [N, kv_heads, head_width, 32] and values [N, kv_heads, 32, head_width] in pages of 32
+positions; `table` [S, P] says which page holds positions 32 p .. 32 p + 31 of a sequence. A token of sequence -1 is
+nobody's: it writes nothing into the cache, and attends to nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fssa_fast.kernels import configs
+from fssa_fast.kernels.common import dot, narrow, store
+from fssa_fast.kernels.film import film_norm_kernel
+
+
+@triton.jit
+def adapt_kernel(
+    hidden_ptrs, gamma_ptrs, beta_ptrs, b_ptrs, y_ptrs, hidden_strides, gamma_strides, gamma_steps, beta_strides,
+    beta_steps, b_strides, y_strides, ranks, columns, slots_ptr, rows,
+    STARTS: tl.constexpr, BETAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr,
+):  # fmt: skip
+    """y += (gamma * hidden + beta) B^T of all its parts; program (rows, tile), the tiles of all ys one after another.
+
+    STARTS[i] is the first of y i's parts.
+    """
+    m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    met = m < rows
+    slot = tl.load(slots_ptr + m, mask=met, other=0).to(tl.int64)
+    tile = tl.program_id(1)
+    for i in tl.static_range(len(y_ptrs)):
+        tiles = tl.cdiv(columns[i], COLUMNS)
+        if (tile >= 0) & (tile < tiles):
+            n = tile * COLUMNS + tl.arange(0, COLUMNS)
+            total = tl.zeros([ROWS, COLUMNS], tl.float32)
+            for part in tl.static_range(STARTS[i], STARTS[i + 1]):
+                gamma_rows = gamma_ptrs[part] + slot * gamma_strides[part]
+                beta_rows = beta_ptrs[part] + slot * beta_strides[part]
+                for start in range(0, ranks[part], RANKS):
+                    r = start + tl.arange(0, RANKS)
+                    inside = r < ranks[part]
+                    b_at = b_ptrs[part] + n[None, :].to(tl.int64) * b_strides[part] + r[:, None]
+                    b = tl.load(b_at, mask=inside[:, None] & (n < columns[i])[None, :], other=0.0)
+                    mask = met[:, None] & inside[None, :]
+                    hidden_at = hidden_ptrs[part] + m[:, None] * hidden_strides[part] + r[None, :]
+                    hidden = tl.load(hidden_at, mask=mask, other=0.0).to(tl.float32)
+                    gamma_at = gamma_rows[:, None] + r[None, :] * gamma_steps[part]
+                    hidden *= tl.load(gamma_at, mask=mask, other=0.0).to(tl.float32)
+                    if BETAS[part]:
+                        beta_at = beta_rows[:, None] + r[None, :] * beta_steps[part]
+                        hidden += tl.load(beta_at, mask=mask, other=0.0).to(tl.float32)
+                    total = dot(narrow(hidden, b.dtype), b, total)
+            mask = met[:, None] & (n < columns[i])[None, :]
+            y_at = y_ptrs[i] + m[:, None] * y_strides[i] + n[None, :]
+            store(y_at, tl.load(y_at, mask=mask, other=0.0).to(tl.float32) + total, mask)
+        tile -= tiles
+
+
+@triton.jit
+def gate_kernel(
+    gate_ptr, up_ptr, y_ptr, width, gate_stride, up_stride, y_stride, SILU: tl.constexpr, BLOCK: tl.constexpr
+):
+    """y = activation(gate) * up; program (row, stretch of columns)."""
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = d < width
+    gate = tl.load(gate_ptr + row * gate_stride + d, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + row * up_stride + d, mask=inside, other=0.0).to(tl.float32)
+    # gelu's (1 + tanh(u)) / 2 is the logistic function of 2 u
+    x = gate if SILU else 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
+    store(y_ptr + row * y_stride + d, gate / (1 + tl.exp(-x)) * up, inside)
+
+
+@triton.jit
+def _turned(rows, met, norm_ptr, cos, sin, half, eps, NORM: tl.constexpr, HALF: tl.constexpr):
+    """Heads after their norm and the rotation by their position: the lower and upper halves, [G, HALF] in float32.
+
+    rows [G] points at the heads' first columns; cos and sin point at those of the position.
+    """
+    h = tl.arange(0, HALF)
+    inside = h < half
+    mask = met[:, None] & inside[None, :]
+    low = tl.load(rows[:, None] + h[None, :], mask=mask, other=0.0).to(tl.float32)
+    high = tl.load(rows[:, None] + half + h[None, :], mask=mask, other=0.0).to(tl.float32)
+    if NORM:
+        inverse = tl.rsqrt(tl.sum(low * low + high * high, 1) / (2 * half) + eps)[:, None]
+        low = low * inverse * tl.load(norm_ptr + h, mask=inside, other=0.0).to(tl.float32)[None, :]
+        high = high * inverse * tl.load(norm_ptr + half + h, mask=inside, other=0.0).to(tl.float32)[None, :]
+    cos_low = tl.load(cos + h, mask=inside, other=0.0)[None, :]
+    sin_low = tl.load(sin + h, mask=inside, other=0.0)[None, :]
+    cos_high = tl.load(cos + half + h, mask=inside, other=0.0)[None, :]
+    sin_high = tl.load(sin + half + h, mask=inside, other=0.0)[None, :]
+    return low * cos_low - high * sin_low, high * cos_high + low * sin_high
+
+
+@triton.jit
+def remember_kernel(
+    k_ptr, v_ptr, norm_ptr, cos_ptr, sin_ptr, positions_ptr, sequences_ptr, table_ptr, keys_ptr, values_ptr, heads,
+    width, half, eps, k_stride, v_stride, table_stride,
+    NORM: tl.constexpr, PAGE: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Writes a token's keys, after norm and rotary position, and its values into the cache; program (token)."""
+    token = tl.program_id(0).to(tl.int64)
+    position = tl.load(positions_ptr + token).to(tl.int64)
+    sequence = tl.load(sequences_ptr + token).to(tl.int64)
+    page = tl.load(table_ptr + tl.maximum(sequence, 0) * table_stride + position // PAGE).to(tl.int64)
+    g = tl.arange(0, HEADS)
+    h = tl.arange(0, HALF)
+    d = tl.arange(0, WIDTH)
+    met = g < tl.where(sequence < 0, 0, heads)
+    low, high = _turned(
+        k_ptr + token * k_stride + g * width, met, norm_ptr, cos_ptr + position * width, sin_ptr + position * width,
+        half, eps, NORM, HALF,
+    )  # fmt: skip
+    base = (page * heads + g) * width * PAGE
+    key_at = keys_ptr + base[:, None] + h[None, :] * PAGE + position % PAGE
+    mask = met[:, None] & (h < half)[None, :]
+    store(key_at, low, mask)
+    store(key_at + half * PAGE, high, mask)
+    mask = met[:, None] & (d < width)[None, :]
+    value = tl.load(v_ptr + token * v_stride + (g * width)[:, None] + d[None, :], mask=mask, other=0.0)
+    tl.store(values_ptr + base[:, None] + position % PAGE * width + d[None, :], value, mask=mask)
+
+
+@triton.jit
+def _tanh(x):
+    """tanh within some roundings of its value; where it is small, by a continued fraction, since 1 - exp cancels."""
+    square = x * x
+    small = x * (945 + square * (105 + square)) / (945 + square * (420 + 15 * square))
+    e = tl.exp(-2 * tl.abs(x))
+    large = (1 - e) / (1 + e)
+    return tl.where(tl.abs(x) < 0.6, small, tl.where(x < 0, -large, large))
+
+
+@triton.jit
+def _merged(top, total, sums, other_top, other_total, other_sums):
+    """The softmax's running maximum, denominator and sums [G], [G], [G, D] of two stretches of positions."""
+    highest = tl.maximum(top, other_top)
+    own = tl.exp(top - highest)
+    other = tl.exp(other_top - highest)
+    return highest, total * own + other_total * other, sums * own[:, None] + other_sums * other[:, None]
+
+
+@triton.jit
+def _store_heads(out, group, width, total, sums, GROUP: tl.constexpr, WIDTH: tl.constexpr):
+    """sums / total, for a kv head's queries; zeros where nothing was attended to."""
+    g = tl.arange(0, GROUP)
+    d = tl.arange(0, WIDTH)
+    value = sums / tl.where(total == 0, 1.0, total)[:, None]
+    store(out + (g * width)[:, None] + d[None, :], value, (g < group)[:, None] & (d < width)[None, :])
+
+
+@triton.jit
+def attend_kernel(
+    q_ptr, norm_ptr, cos_ptr, sin_ptr, positions_ptr, sequences_ptr, table_ptr, keys_ptr, values_ptr, out_ptr,
+    sums_ptr, tops_ptr, totals_ptr, group, width, half, eps, scale, softcap, window, q_stride, table_stride,
+    out_stride,
+    NORM: tl.constexpr, SOFTCAP: tl.constexpr, JOINED: tl.constexpr, PAGE: tl.constexpr, CHUNK: tl.constexpr,
+    STEP: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Attention of one token's queries of one kv head, up to the token; program (token, kv head, chunk of positions).
+
+    Chunks begin at multiples of CHUNK. JOINED: one program does all, one after the other, else it leaves what it found
+    for join_kernel, which merges them in the same order.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    heads = tl.num_programs(1)
+    position = tl.load(positions_ptr + token)
+    sequence = tl.load(sequences_ptr + token).to(tl.int64)
+    end = tl.where(sequence < 0, 0, position + 1)
+    begin = tl.where(window > 0, tl.maximum(end - window, 0), 0)
+    first = begin // CHUNK
+    last = tl.cdiv(end, CHUNK)
+    if not JOINED:
+        first = tl.maximum(first, tl.program_id(2))
+        last = tl.minimum(last, tl.program_id(2) + 1)
+        if first >= last:  # most of them, where the cache has room for far more than there is
+            return
+    g = tl.arange(0, GROUP)
+    h = tl.arange(0, HALF)
+    d = tl.arange(0, WIDTH)
+    met = g < group
+    cos = cos_ptr + position.to(tl.int64) * width
+    sin = sin_ptr + position.to(tl.int64) * width
+    low, high = _turned(
+        q_ptr + token * q_stride + (head * group + g) * width, met, norm_ptr, cos, sin, half, eps, NORM, HALF
+    )
+    low = narrow(low, keys_ptr.dtype.element_ty)
+    high = narrow(high, keys_ptr.dtype.element_ty)
+    pages = table_ptr + sequence * table_stride
+    page_size = heads * width * PAGE
+    own_keys = keys_ptr + head * width * PAGE
+    own_values = values_ptr + head * width * PAGE
+    # A finite number that is less than all scores: the distance of two of them is a number.
+    top = tl.full([GROUP], -1e38, tl.float32)
+    total = tl.zeros([GROUP], tl.float32)
+    sums = tl.zeros([GROUP, WIDTH], tl.float32)
+    STRETCH: tl.constexpr = min(STEP, PAGE)  # of positions whose keys are neighbours
+    for chunk in range(first, last):
+        chunk_top = tl.full([GROUP], -1e38, tl.float32)
+        chunk_total = tl.zeros([GROUP], tl.float32)
+        chunk_sums = tl.zeros([GROUP, WIDTH], tl.float32)
+        stop = tl.minimum(chunk * CHUNK + CHUNK, end)
+        for start in range(tl.maximum(chunk * CHUNK, begin // STEP * STEP), stop, STEP):
+            at = start + tl.arange(0, STEP)
+            seen = (at >= begin) & (at < stop)
+            page = tl.load(pages + at // PAGE, mask=at // PAGE * PAGE < stop, other=0).to(tl.int64)
+            key_at = tl.max_contiguous(tl.multiple_of(page * page_size + at % PAGE, STRETCH), STRETCH)
+            key_mask = (h < half)[:, None]  # whole pages, to be loaded 16 bytes at a time: what is not seen is left out
+            keys = own_keys + h[:, None] * PAGE + key_at[None, :]
+            scores = tl.zeros([GROUP, STEP], tl.float32)
+            scores = dot(low, tl.load(keys, mask=key_mask, other=0.0), scores)
+            scores = dot(high, tl.load(keys + half * PAGE, mask=key_mask, other=0.0), scores)
+            scores *= scale
+            if SOFTCAP:
+                scores = softcap * _tanh(scores / softcap)
+            scores = tl.where(seen[None, :], scores, float("-inf"))
+            highest = tl.maximum(chunk_top, tl.max(scores, 1))
+            shares = tl.exp(scores - highest[:, None])
+            rescaled = tl.exp(chunk_top - highest)
+            chunk_top = highest
+            chunk_total = chunk_total * rescaled + tl.sum(shares, 1)
+            value_at = own_values + (page * page_size + at % PAGE * width)[:, None] + d[None, :]
+            values = tl.load(value_at, mask=seen[:, None] & (d < width)[None, :], other=0.0)
+            chunk_sums = dot(narrow(shares, values.dtype), values, chunk_sums * rescaled[:, None])
+        top, total, sums = _merged(top, total, sums, chunk_top, chunk_total, chunk_sums)
+    if JOINED:
+        _store_heads(
+            out_ptr + token * out_stride + head * group * width, group, width, total, sums, GROUP, WIDTH
+        )
+    else:
+        row = ((tl.program_id(2) * tl.num_programs(0) + token) * heads + head) * group + g
+        tl.store(tops_ptr + row, top, mask=met)
+        tl.store(totals_ptr + row, total, mask=met)
+        tl.store(sums_ptr + row[:, None] * width + d[None, :], sums, mask=met[:, None] & (d < width)[None, :])
+
+
+@triton.jit
+def join_kernel(
+    positions_ptr, sequences_ptr, out_ptr, sums_ptr, tops_ptr, totals_ptr, group, width, window, out_stride,
+    CHUNK: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Merges what attend_kernel's programs have left for a token; program (token, kv head)."""
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    heads = tl.num_programs(1)
+    position = tl.load(positions_ptr + token)
+    end = tl.where(tl.load(sequences_ptr + token) < 0, 0, position + 1)
+    begin = tl.where(window > 0, tl.maximum(end - window, 0), 0)
+    g = tl.arange(0, GROUP)
+    d = tl.arange(0, WIDTH)
+    met = g < group
+    mask = met[:, None] & (d < width)[None, :]
+    top = tl.full([GROUP], -1e38, tl.float32)
+    total = tl.zeros([GROUP], tl.float32)
+    sums = tl.zeros([GROUP, WIDTH], tl.float32)
+    for chunk in range(begin // CHUNK, tl.cdiv(end, CHUNK)):
+        row = ((chunk * tl.num_programs(0) + token) * heads + head) * group + g
+        chunk_top = tl.load(tops_ptr + row, mask=met, other=-1e38)
+        chunk_total = tl.load(totals_ptr + row, mask=met, other=0.0)
+        chunk_sums = tl.load(sums_ptr + row[:, None] * width + d[None, :], mask=mask, other=0.0)
+        top, total, sums = _merged(top, total, sums, chunk_top, chunk_total, chunk_sums)
+    _store_heads(out_ptr + token * out_stride + head * group * width, group, width, total, sums, GROUP, WIDTH)
+
+
+class Part(NamedTuple):
+    """An adapter's second half: y [N, O] += (gamma[slot] * hidden [N, R] + beta[slot]) B^T, b [O, R]."""
+
+    hidden: Tensor
+    gamma: Tensor
+    beta: Tensor | None
+    b: Tensor
+    y: Tensor
+
+
+def adapt_(parts: Sequence[Part], slots: Tensor) -> None:
+    """Adds adapters to their ys, in one launch; slots [N]. Parts of the same y are summed before they are added."""
+    by_y: dict[tuple[object, ...], list[Part]] = {}
+    for part in parts:
+        y = part.y
+        by_y.setdefault((y.data_ptr(), y.storage_offset(), y.stride(), y.shape), []).append(part)
+    targets = list(by_y.values())
+    ordered = [part for own in targets for part in own]
+    starts = [0]
+    for own in targets:
+        starts.append(starts[-1] + len(own))
+    ys = tuple(own[0].y for own in targets)
+    widths, ranks = tuple(y.shape[1] for y in ys), tuple(part.b.shape[1] for part in ordered)
+    betas = [part.gamma if part.beta is None else part.beta for part in ordered]
+    rows = len(ys[0])
+    tile = configs.expand_tile(rows, max(widths), max(ranks), ys[0].dtype)
+
+    def strides(tensors: Sequence[Tensor], dim: int) -> tuple[int, ...]:
+        return tuple(tensor.stride(dim) for tensor in tensors)
+
+    hiddens, gammas, bs = ([getattr(part, name) for part in ordered] for name in ("hidden", "gamma", "b"))
+    adapt_kernel[(triton.cdiv(rows, tile.rows), sum(triton.cdiv(width, tile.columns) for width in widths))](
+        tuple(hiddens), tuple(gammas), tuple(betas), tuple(bs), ys, strides(hiddens, 0), strides(gammas, 0),
+        strides(gammas, 1), strides(betas, 0), strides(betas, 1), strides(bs, 0), strides(ys, 0), ranks, widths,
+        slots, rows, STARTS=tuple(starts), BETAS=tuple(part.beta is not None for part in ordered), ROWS=tile.rows,
+        COLUMNS=tile.columns, RANKS=tile.ranks, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+
+
+def gate_(gate: Tensor, up: Tensor, y: Tensor, silu: bool) -> None:
+    """y = activation(gate) * up, all [N, F]: silu, or gelu by its approximation with tanh."""
+    tile = configs.film_tile(y.shape[1], y.dtype)
+    gate_kernel[(len(y), triton.cdiv(y.shape[1], tile.block))](
+        gate, up, y, y.shape[1], gate.stride(0), up.stride(0), y.stride(0), SILU=silu, BLOCK=tile.block,
+        num_warps=tile.warps,
+    )  # fmt: skip
+
+
+def film_norm_(
+    x: Tensor, residual: Tensor, scale: Tensor, shift: Tensor, slots: Tensor, weight: Tensor, eps: float,
+    hidden: Tensor, normed: Tensor,
+) -> None:  # fmt: skip
+    """The op `film_norm` of rows [N, D] into hidden and normed, contiguous; hidden may be residual, and normed x."""
+    tile = configs.norm_tile(x.shape[1])
+    film_norm_kernel[(len(x),)](
+        x, residual, scale, shift, slots, weight, hidden, normed, x.shape[1], 1, eps, x.stride(0), residual.stride(0),
+        *scale.stride(), *shift.stride(), BLOCK=tile.block, num_warps=tile.warps,
+    )  # fmt: skip
+
+
+class Rotary(NamedTuple):
+    """cos and sin, float32 [positions, head_width]; the weight of the heads' norm, where they have one; its eps."""
+
+    cos: Tensor
+    sin: Tensor
+    norm: Tensor | None
+    eps: float
+
+
+def remember_(
+    k: Tensor, v: Tensor, rotary: Rotary, positions: Tensor, sequences: Tensor, table: Tensor, keys: Tensor,
+    values: Tensor,
+) -> None:  # fmt: skip
+    """Writes keys and values [N, kv_heads * head_width] of tokens into the cache, in one launch."""
+    _, heads, width, page = keys.shape
+    remember_kernel[(len(k),)](
+        k, v, k if rotary.norm is None else rotary.norm, rotary.cos, rotary.sin, positions, sequences, table, keys,
+        values, heads, width, width // 2, rotary.eps, k.stride(0), v.stride(0), table.stride(0),
+        NORM=rotary.norm is not None, PAGE=page, HEADS=triton.next_power_of_2(heads),
+        HALF=triton.next_power_of_2(width // 2), WIDTH=triton.next_power_of_2(width), num_warps=4,
+    )  # fmt: skip
+
+
+def attend_(
+    q: Tensor, rotary: Rotary, positions: Tensor, sequences: Tensor, table: Tensor, keys: Tensor, values: Tensor,
+    scale: float, softcap: float, window: int, out: Tensor,
+) -> None:  # fmt: skip
+    """Attention of q [N, heads * head_width] over the cache, up to each token itself, into out of the same shape.
+
+    softcap, window: 0 for none. One launch; two where the cache has room for sequences of several chunks and there are
+    few tokens.
+    """
+    _, heads, width, page = keys.shape
+    group = q.shape[1] // (heads * width)
+    tile = configs.attend_tile(width, q.dtype)
+    parts = configs.attend_parts(len(q) * heads, table.shape[1] * page, tile)
+    sums = q.new_empty(parts, len(q), heads * group, width, dtype=torch.float32) if parts > 1 else q
+    tops, totals = sums.new_empty(2, *sums.shape[:-1]) if parts > 1 else (q, q)
+    lanes = max(16, triton.next_power_of_2(group))
+    full = triton.next_power_of_2(width)
+    attend_kernel[(len(q), heads, parts)](
+        q, q if rotary.norm is None else rotary.norm, rotary.cos, rotary.sin, positions, sequences, table, keys, values,
+        out, sums, tops, totals, group, width, width // 2, rotary.eps, scale, softcap, window, q.stride(0),
+        table.stride(0), out.stride(0), NORM=rotary.norm is not None, SOFTCAP=softcap > 0, JOINED=parts == 1, PAGE=page,
+        CHUNK=tile.chunk, STEP=tile.step, GROUP=lanes, HALF=max(16, full // 2), WIDTH=max(16, full),
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    if parts > 1:
+        join_kernel[(len(q), heads)](
+            positions, sequences, out, sums, tops, totals, group, width, window, out.stride(0), CHUNK=tile.chunk,
+            GROUP=lanes, WIDTH=max(16, full), num_warps=tile.warps,
+        )  # fmt: skip
