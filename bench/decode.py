@@ -338,6 +338,9 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
             if own:
                 axis.plot(*zip(*own, strict=True), marker="o", label=system)
         axis.set(title=f"rank {rank}", xlabel="rows, each another user", xscale="log", yscale="log")
+        counts = sorted({result["rows"] for result in results})
+        axis.set_xticks(counts, [str(count) for count in counts])
+        axis.minorticks_off()
     axes[0][0].set_ylabel("ms a decode step")
     axes[0][-1].legend(fontsize="small")
     figure.tight_layout()

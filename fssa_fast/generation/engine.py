@@ -360,7 +360,7 @@ class Engine:
 
         logits = self._fused.forward(
             tensor(ids, torch.long), tensor(slots), tensor(rows), tensor(positions), self._cache,
-            tensor(last, torch.long),
+            None if len(last) == len(ids) else tensor(last, torch.long),
         )  # fmt: skip
         for request, count in batch:
             self._computed(request, count)
