@@ -191,7 +191,10 @@ def compile_launch(launch: Launch, target: GPUTarget) -> Any:
     kernel = launch.kernel
     backend = make_backend(target)
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    bound, specialization, options = bind(*launch.args, **launch.meta)
+    meta = dict(launch.meta)
+    if "EARLY" in meta:  # which a launch asks the GPU it is for
+        meta["EARLY"] = target.backend == "cuda" and target.arch >= 90
+    bound, specialization, options = bind(*launch.args, **meta)
     parsed, signature, constexprs, attrs = kernel._pack_args(backend, options, bound, specialization, options)
     source = ASTSource(kernel, signature, constexprs, attrs)
     return triton.compile(source, target=target, options=parsed.__dict__)

@@ -7,6 +7,7 @@ bits do not depend on: a row's result is the same in every batch.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,12 @@ WIDEST_NORM = 65536  # film_norm holds a row in registers
 
 def _wide(dtype: torch.dtype) -> bool:
     return dtype == torch.float32
+
+
+@cache
+def launches_early(device: torch.device) -> bool:
+    """Whether a launch can begin before the one before it has ended: on NVIDIA's chips from Hopper on."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 class FilmTile(NamedTuple):

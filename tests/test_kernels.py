@@ -6,9 +6,11 @@ what the kernels alone promise. FSSA_PROOF=1 adds sizes.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -311,6 +313,40 @@ def test_context_takes_any_integers():
     expected = run("context", pairs, choices, offsets, *rest)
     for dtype in (torch.bool, torch.uint8, torch.int32):
         assert torch.equal(run("context", pairs, choices.to(dtype), offsets.int(), *rest), expected)
+
+
+# ---------------------------------------------------------------- what is planted is found
+
+FAULTS = {
+    "a column short": ("film", "inside = d < width\n", "inside = d < width - 1\n", "film"),
+    "a sum begun anew": ("film", "dscale += tl.sum(grad * x, 0)", "dscale = tl.sum(grad * x, 0)", "film_backward"),
+    "a split of the wrong columns": ("lora", "start = split * chunk", "start = 0 * chunk", "lora"),
+    "padding that takes part": (
+        "context", "tl.where((query < last)[:, None], tl.exp2(score - norm[:, None]), 0.0)",
+        "tl.exp2(score - norm[:, None])", "context",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_caught(tmp_path, fault):
+    """The same calls pass as the kernels are, and fail with the fault."""
+    name, old, new, op = FAULTS[fault]
+    text = Path(configs.__file__).with_name(f"{name}.py").read_text()
+    assert old in text
+    (tmp_path / "planted.py").write_text(text.replace(old, new))
+    spec = importlib.util.spec_from_file_location("planted", tmp_path / "planted.py")
+    planted = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(planted)
+    args = {
+        "film": lambda: film_args(3, 130, torch.float32),
+        "film_backward": lambda: (normal(40, 17), *film_args(40, 17, torch.float32, 1)),
+        "lora": lambda: lora_args(5, *PARTS["three"], torch.float32),
+        "context": lambda: arguments("few", torch.float32),
+    }[op]()
+    check(op, *args)
+    with pytest.raises(AssertionError, match="allowed"):
+        check_parity(getattr(planted, op)(*here(args)), DEFINITIONS[op], here(args))
 
 
 # ---------------------------------------------------------------- the backend
