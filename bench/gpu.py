@@ -1,4 +1,4 @@
-"""The GPU kernels, timed: python -m bench.gpu --json FILE --table FILE
+"""The GPU kernels, timed: python -m bench.gpu --json FILE
 
 Every call is captured in a graph with so many copies of its arguments that together they exceed the chip's cache, so
 that a replay reads memory and not the cache; a time is that of a call within a replay. Beside every op stand the
@@ -15,7 +15,7 @@ import argparse
 import json
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -175,11 +175,20 @@ def product_rows(case: Case) -> list[dict[str, Any]]:
     return [{"op": "lora_", "case": case.name, "by": "products", **time._asdict()}]
 
 
+def all_rows(bandwidth: float) -> Iterator[dict[str, Any]]:
+    """Every time, as it is measured."""
+    for cases in CASES.values():
+        for case in cases():
+            yield from op_rows(case, bandwidth)
+            if case.op == "lora_" and case.name.startswith("prefill"):
+                yield from product_rows(case)
+    yield from gathered_rows()
+
+
 def main() -> None:
-    """Times everything; writes the results as JSON, and a table in Markdown."""
+    """Times everything; the file holds what was measured so far."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description="Time the GPU kernels.")
     parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--table", type=Path, required=True)
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("no GPU was found")
@@ -196,21 +205,10 @@ def main() -> None:
     }
     rows: list[dict[str, Any]] = []
     with torch.no_grad():
-        for cases in CASES.values():
-            for case in cases():
-                rows += op_rows(case, bandwidth)
-                if case.op == "lora_" and case.name.startswith("prefill"):
-                    rows += product_rows(case)
-        rows += gathered_rows()
-    args.json.write_text(json.dumps({"machine": about, "results": rows}, indent=1) + "\n")
-    lines = [f"* {name}: {value}" for name, value in about.items()]
-    lines += ["", "| op | case | by | us | 20 % | 80 % | of copy bandwidth |", "|---|---|---|---|---|---|---|"]
-    for row in rows:
-        share = f"{row['of copy bandwidth']:.2f}" if "of copy bandwidth" in row else ""
-        numbers = " | ".join(f"{row[key]:.2f}" for key in ("median", "low", "high"))
-        lines.append(f"| {row['op']} | {row['case']} | {row['by']} | {numbers} | {share} |")
-    args.table.write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+        for row in all_rows(bandwidth):
+            rows.append(row)
+            args.json.write_text(json.dumps({"machine": about, "results": rows}, indent=1) + "\n")
+            print(row, flush=True)
 
 
 if __name__ == "__main__":

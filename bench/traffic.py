@@ -27,6 +27,7 @@ os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
+import numpy  # noqa: E402
 import torch  # noqa: E402
 from emulation import build, emulated  # noqa: E402
 from rich.console import Console  # noqa: E402
@@ -70,7 +71,7 @@ def _interpreter_counts() -> Iterator[dict[str, int]]:
     def touch(kind: str, pointers: Any, mask: Any) -> None:
         addresses = pointers.data[mask.data]
         counts["asked"] += addresses.size * pointers.get_element_ty().primitive_bitwidth // 8
-        sectors[kind].update((addresses.astype("uint64") // SECTOR).tolist())
+        sectors[kind].update(numpy.unique(addresses.astype("uint64") // SECTOR).tolist())
 
     def counted_load(self: Any, ptrs: Any, mask: Any, *rest: Any) -> Any:
         touch("read", ptrs, mask)

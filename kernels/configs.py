@@ -7,6 +7,7 @@ bits do not depend on: a row's result is the same in every batch.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,12 @@ WIDEST_NORM = 65536  # film_norm holds a row in registers
 
 def _wide(dtype: torch.dtype) -> bool:
     return dtype == torch.float32
+
+
+@cache
+def launches_early(device: torch.device) -> bool:
+    """Whether a launch can begin before the one before it has ended: on NVIDIA's chips from Hopper on."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 class FilmTile(NamedTuple):
@@ -73,7 +80,8 @@ def shrink_tile(rows: int, width: int, rank: int, dtype: torch.dtype) -> ShrinkT
     height = 16 if rows <= 64 else 32
     ranks = power_of_two(rank, 16, 32 if _wide(dtype) else 64)
     tiles = -(-rows // height) * -(-rank // ranks)
-    return ShrinkTile(height, ranks, step, chunk, splits, splits if tiles >= 128 else 1, 4, 3)
+    joined = splits if tiles >= 128 else 1
+    return ShrinkTile(height, ranks, step, chunk, splits, joined, 4, 2 if _wide(dtype) and height > 16 else 3)
 
 
 class ExpandTile(NamedTuple):
@@ -101,8 +109,11 @@ class LinearTile(NamedTuple):
 def linear_tile(rows: int, width: int, dtype: torch.dtype) -> LinearTile:
     """The context encoder's linears: few rows, so a program takes many columns and streams the weights."""
     height = 16 if rows <= 1024 else 32
-    columns = power_of_two(width, 16, 64 if _wide(dtype) or height > 16 else 128)
-    return LinearTile(height, columns, 16 if _wide(dtype) else 64, max(1, columns // 16), 3)
+    if _wide(dtype):
+        columns = power_of_two(width, 16, 64 if height == 16 else 32)
+        return LinearTile(height, columns, 16, columns // 8, 2)
+    columns = power_of_two(width, 16, 128 if height == 16 else 64)
+    return LinearTile(height, columns, 64, columns // 16, 3)
 
 
 class AttentionTile(NamedTuple):
@@ -114,7 +125,7 @@ class AttentionTile(NamedTuple):
 def attention_tile(depth: int, dtype: torch.dtype) -> AttentionTile:
     """Square tiles of a user's pairs; a context that fits one takes the short way."""
     if _wide(dtype):
-        return AttentionTile(32, 16, 4)
+        return AttentionTile(32, 32, 8)
     return AttentionTile(64, power_of_two(depth, 16, 64), 8)
 
 
@@ -128,7 +139,7 @@ class AttendTile(NamedTuple):
 def attend_tile(head_width: int, dtype: torch.dtype) -> AttendTile:
     """Attention over the cache: a token's queries of one kv head, few enough for one tile of tensor cores."""
     if head_width > 128:
-        return AttendTile(16, 512, 8, 2) if _wide(dtype) else AttendTile(32, 512, 4, 2)
+        return AttendTile(16, 512, 8, 1) if _wide(dtype) else AttendTile(32, 512, 4, 2)
     return AttendTile(32, 512, 4, 2) if _wide(dtype) else AttendTile(64, 512, 4, 2 if head_width <= 64 else 3)
 
 

@@ -2,7 +2,8 @@
 
 Shrink multiplies rows by A into hidden [splits, rows, R] in float32, D shared out in splits so that a decode step's few
 rows still fill the chip. Expand sums the splits in their order, modulates by the rows' slots, multiplies by every
-projection's B and adds to y. No atomics; what a row's bits depend on follows the widths (see configs).
+projection's B and adds to y. No atomics; what a row's bits depend on follows the widths (see configs). Where the chip
+can, expand is launched while shrink runs, and waits for it where it first reads hidden (EARLY).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fssa_fast.kernels import configs
 from fssa_fast.kernels.common import (
@@ -30,9 +32,11 @@ from fssa_fast.kernels.common import (
 @triton.jit
 def lora_shrink_kernel(
     x_ptr, a_ptr, hidden_ptr, rows, width, rank, chunk, x_stride, a_stride, hidden_stride, hidden_split_stride,
-    JOINED: tl.constexpr, ROWS: tl.constexpr, RANKS: tl.constexpr, STEP: tl.constexpr,
+    JOINED: tl.constexpr, EARLY: tl.constexpr, ROWS: tl.constexpr, RANKS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """hidden = x A^T; program (rows, ranks, split): one split, or JOINED of them one after the other."""
+    if EARLY:
+        gdc_launch_dependents()
     m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     r = tl.program_id(1) * RANKS + tl.arange(0, RANKS)
     x_rows = x_ptr + m * x_stride
@@ -84,13 +88,16 @@ def lora_expand_kernel(
     hidden_ptr, y_ptrs, out_ptrs, b_ptrs, y_strides, out_strides, b_strides, ranks, columns, gamma_ptr, beta_ptr,
     slots_ptr, scaling, rows, group, hidden_stride, hidden_split_stride, gamma_stride, gamma_step, beta_stride,
     beta_step,
-    BETA: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr,
+    BETA: tl.constexpr, EARLY: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    RANKS: tl.constexpr,
 ):  # fmt: skip
     """Program (rows, tile): the tiles of all projections' columns, one projection after the other."""
     m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     slot = tl.load(slots_ptr + m // group, mask=m < rows, other=0).to(tl.int64)
     gamma_rows = gamma_ptr + slot * gamma_stride
     beta_rows = beta_ptr + slot * beta_stride
+    if EARLY:
+        gdc_wait()
     tile = tl.program_id(1)
     rank_offset = 0
     for i in tl.static_range(len(y_ptrs)):
@@ -157,7 +164,8 @@ def _shrink(x: Tensor, a: Tensor, hidden: Tensor | None = None) -> Tensor:
     out = x.new_empty(parts, count, rank, dtype=torch.float32) if hidden is None else hidden.unsqueeze(0)
     lora_shrink_kernel[(triton.cdiv(count, tile.rows), triton.cdiv(rank, tile.ranks), parts)](
         x, a, out, count, width, rank, tile.chunk, x.stride(0), a.stride(0), out.stride(1), out.stride(0),
-        JOINED=joined, ROWS=tile.rows, RANKS=tile.ranks, STEP=tile.step, num_warps=tile.warps, num_stages=tile.stages,
+        JOINED=joined, EARLY=configs.launches_early(x.device), ROWS=tile.rows, RANKS=tile.ranks, STEP=tile.step,
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out
 
@@ -175,12 +183,13 @@ def _lora(
     count = rows.shape[0]
     tile = configs.expand_tile(count, max(widths), max(ranks), x.dtype)
     shift = gamma if beta is None else beta
+    early = configs.launches_early(x.device)
     lora_expand_kernel[(triton.cdiv(count, tile.rows), sum(triton.cdiv(width, tile.columns) for width in widths))](
         hidden, tuple(ys), tuple(outs), tuple(bs), tuple(y.stride(0) for y in ys), tuple(o.stride(0) for o in outs),
         tuple(b.stride(0) for b in bs), ranks, widths, gamma, shift, slots.contiguous(), scaling, count, group,
         hidden.stride(1), hidden.stride(0), *gamma.stride(), *shift.stride(),
-        BETA=beta is not None, SPLITS=hidden.shape[0], ROWS=tile.rows, COLUMNS=tile.columns, RANKS=tile.ranks,
-        num_warps=tile.warps, num_stages=tile.stages,
+        BETA=beta is not None, EARLY=early, SPLITS=hidden.shape[0], ROWS=tile.rows, COLUMNS=tile.columns,
+        RANKS=tile.ranks, num_warps=tile.warps, num_stages=tile.stages, **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
 
 

@@ -42,6 +42,16 @@ print(aot.measure(launch, "sm_80"))
 """
 
 
+EARLY = """
+from fssa_fast.kernels import aot
+
+for kernel in ("shrink", "expand"):
+    launch = aot.all_launches()[f"lora-decode-odd/bfloat16/lora_{kernel}"]
+    compiled = [aot.compile_launch(launch, aot.TARGETS[chip]) for chip in ("sm_80", "sm_90")]
+    print(*(c.asm["ptx"].count("griddepcontrol") for c in compiled))
+"""
+
+
 def compiling(*command: str) -> subprocess.CompletedProcess[str]:
     """Runs Python where Triton compiles, which it does not in a process that interprets."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -53,6 +63,14 @@ def test_a_subset_is_as_good_as_the_table() -> None:
     assert done.returncode == 0, done.stderr
     for pattern in SUBSET:
         assert pattern.removesuffix("*") in done.stdout
+
+
+def test_expand_is_launched_early_where_the_chip_can(tmp_path: Path) -> None:
+    """Shrink lets it begin, expand waits; on older chips neither."""
+    script = tmp_path / "early.py"
+    script.write_text(EARLY)
+    done = compiling(str(script))
+    assert done.stdout.splitlines() == ["0 1", "0 1"], done.stderr
 
 
 def test_the_whole_table_can_run() -> None:

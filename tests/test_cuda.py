@@ -9,6 +9,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -16,7 +19,7 @@ import torch
 from emulation import build
 from emulation.emulated import CASES, DEFAULT
 
-from fssa_fast.backends import BackendError, cuda, load_backend, use_backend
+from fssa_fast.backends import BackendError, cuda, gpus, load_backend, use_backend
 from fssa_fast.ops import film
 
 PROOF = os.environ.get("FSSA_PROOF") == "1"
@@ -167,22 +170,84 @@ def test_why_it_is_not_there() -> None:
         film(x, x, x, torch.zeros(2, dtype=torch.int32))
 
 
-def test_a_gpu_too_old_a_module_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> dict[int, tuple[int, int]]:
+    """A machine that seems to have two GPUs: their compute capabilities, which can be changed."""
+    capability = {0: (9, 0), 1: (8, 6)}
+
+    def index(device: torch.device | int) -> int | None:
+        return device if isinstance(device, int) else device.index
+
     monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    capability = {0: (7, 5), 1: (7, 0)}
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability[device])
-    assert cuda.unavailable() == "a GPU of compute capability 8.0 or newer is needed, this one has 7.5"
-    capability[1] = (9, 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability[index(device)])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"chip {index(device)}")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    return capability
+
+
+def test_a_gpu_too_old_a_module_not_built(
+    monkeypatch: pytest.MonkeyPatch, two_gpus: dict[int, tuple[int, int]]
+) -> None:
+    monkeypatch.setattr(gpus, "tried", lambda film: None)
     monkeypatch.setattr(cuda, "_reason", "not built")
+    two_gpus |= {0: (7, 5), 1: (7, 0)}
+    assert cuda.unavailable() == "a GPU of compute capability 8.0 or newer is needed, this one has 7.5"
+    two_gpus[1] = (9, 0)
     assert cuda.unavailable() == "not built"
     monkeypatch.setattr(cuda, "_reason", None)
     assert cuda.unavailable() is None
+    old = SimpleNamespace(dtype=torch.float32, device=torch.device("cuda", 0))
+    assert "this one has 7.5" in str(cuda.refuses("film", old))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert cuda.unavailable() == "no GPU was found"
     monkeypatch.setattr(torch.version, "cuda", None)
     assert cuda.unavailable() == "this build of torch has no CUDA"
+
+
+def test_an_old_driver_is_found_by_a_trial(
+    monkeypatch: pytest.MonkeyPatch, two_gpus: dict[int, tuple[int, int]]
+) -> None:
+    """Run on the newest GPU, here on the CPU in its place; what no driver is to blame for is not taken for one."""
+    zeros, asked = torch.zeros, []
+    monkeypatch.setattr(torch, "zeros", lambda *shape, device, **kind: asked.append(device) or zeros(*shape, **kind))
+    monkeypatch.setattr(cuda, "_reason", None)
+
+    def raising(error: Exception) -> None:
+        def film(*args: object) -> None:
+            raise error
+
+        monkeypatch.setattr(cuda, "film", film)
+
+    raising(RuntimeError("film: CUDA driver version is insufficient for CUDA runtime version"))
+    assert cuda.unavailable() == (
+        "a trial on chip 0 failed: RuntimeError: film: CUDA driver version is insufficient for CUDA runtime version"
+    )
+    assert {str(device) for device in asked} == {"cuda:0"}
+    raising(torch.OutOfMemoryError("CUDA out of memory"))
+    with pytest.raises(torch.OutOfMemoryError):
+        cuda.unavailable()
+    monkeypatch.setattr(cuda, "film", lambda *args: None)
+    assert cuda.unavailable() is None
+
+
+def test_work_goes_to_the_stream_of_the_tensors_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever device is the current one."""
+    current = [0]
+
+    @contextmanager
+    def device(wanted: torch.device) -> Iterator[None]:
+        before, current[0] = current[0], wanted.index
+        yield
+        current[0] = before
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=100 + current[0]))
+    with cuda._stream_of(SimpleNamespace(device=torch.device("cuda", 1))) as stream:
+        assert stream == 101
+    assert current == [0]
 
 
 def test_what_it_refuses() -> None:

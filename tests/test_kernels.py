@@ -6,7 +6,11 @@ what the kernels alone promise. FSSA_PROOF=1 adds sizes.
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -139,6 +143,8 @@ if PROOF:
         "odd": (989, ((7, 111), (33, 989))),
         "wide outputs": (111, ((64, 4100),)),
         "rank 512": (64, ((512, 64),)),
+        "rank 128": (111, ((128, 111),)),
+        "of 3424": (3424, ((7, 33), (1, 3424))),
     }
 
 
@@ -146,6 +152,12 @@ if PROOF:
 @pytest.mark.parametrize("case", PARTS)
 def test_lora(dtype, case):
     check("lora", *lora_args(5, *PARTS[case], dtype))
+
+
+@dtypes
+@pytest.mark.parametrize("rows", [65, *((257,) if PROOF else ())])
+def test_lora_of_many_rows(dtype, rows):
+    check("lora", *lora_args(rows, 111, ((7, 33), (16, 111)), dtype))
 
 
 @dtypes
@@ -233,6 +245,7 @@ if PROOF:
         "longer": ((130, 3), 17, 48, 3, "linear", "self-attention", 48),
         "one wide head": ((4, 2), 24, 130, 1, "mlp", "self-attention", 130),
         "mean, linear": ((1, 65), 33, 17, 1, "linear", "mean", 34),
+        "of 3424": ((2, 1), 3424, 24, 2, "linear", "self-attention", 24),
     }
 contexts = pytest.mark.parametrize("case", CONTEXTS)
 
@@ -302,11 +315,72 @@ def test_context_takes_any_integers():
         assert torch.equal(run("context", pairs, choices.to(dtype), offsets.int(), *rest), expected)
 
 
+# ---------------------------------------------------------------- what is planted is found
+
+FAULTS = {
+    "a column short": ("film", "inside = d < width\n", "inside = d < width - 1\n", "film"),
+    "a sum begun anew": ("film", "dscale += tl.sum(grad * x, 0)", "dscale = tl.sum(grad * x, 0)", "film_backward"),
+    "a split of the wrong columns": ("lora", "start = split * chunk", "start = 0 * chunk", "lora"),
+    "padding that takes part": (
+        "context", "tl.where((query < last)[:, None], tl.exp2(score - norm[:, None]), 0.0)",
+        "tl.exp2(score - norm[:, None])", "context",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_caught(tmp_path, fault):
+    """The same calls pass as the kernels are, and fail with the fault."""
+    name, old, new, op = FAULTS[fault]
+    text = Path(configs.__file__).with_name(f"{name}.py").read_text()
+    assert old in text
+    (tmp_path / "planted.py").write_text(text.replace(old, new))
+    spec = importlib.util.spec_from_file_location("planted", tmp_path / "planted.py")
+    planted = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(planted)
+    args = {
+        "film": lambda: film_args(3, 130, torch.float32),
+        "film_backward": lambda: (normal(40, 17), *film_args(40, 17, torch.float32, 1)),
+        "lora": lambda: lora_args(5, *PARTS["three"], torch.float32),
+        "context": lambda: arguments("few", torch.float32),
+    }[op]()
+    check(op, *args)
+    with pytest.raises(AssertionError, match="allowed"):
+        check_parity(getattr(planted, op)(*here(args)), DEFINITIONS[op], here(args))
+
+
 # ---------------------------------------------------------------- the backend
 
 
 def test_every_op_is_implemented():
     assert set(triton.IMPLEMENTATIONS) == {*DEFINITIONS, "lora_", "context_rows_"}
+
+
+@pytest.mark.parametrize(
+    ("version", "complaint"),
+    [
+        (None, "triton could not be imported"),
+        ("3.5.1", "expected version 3.6 or newer, got 3.5.1"),
+        ("9.0.0", "triton 9.0.0 does not take the kernels, which were tested with 3.6 to 3"),
+    ],
+    ids=["missing", "too old", "too new"],
+)
+def test_a_triton_that_is_missing_or_unfit_is_explained(version, complaint):
+    """In a process where it seems to be another: the registry tells, and runs the next backend."""
+    program = (
+        "import sys, types, torch\n"
+        "fake = types.ModuleType('triton')\n"
+        f"fake.__version__ = {version!r}\n"
+        f"sys.modules['triton'] = fake if {version!r} else None\n"
+        "from fssa_fast.backends import load_backend\n"
+        "from fssa_fast.ops import film\n"
+        "x = torch.zeros(1, 4)\n"
+        "film(x, x, x, torch.zeros(1, dtype=torch.int32))\n"
+        "print(load_backend('triton')[1])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert complaint in done.stdout
 
 
 def test_no_rows():

@@ -1,9 +1,10 @@
 // context: from choices to latents in one launch, on to rows of the bank in a second. Made for users of few pairs, where
 // the weights decide: they are read by many blocks at once, and each of them once. Any number of pairs is right.
 //
-// Encode: the pairs of each user in tiles of 16, from its own first pair; block (tile and columns of h, part of 2E) writes
-// its part of the inner encoder's first linear. The block that ends last of a user's does what remains for that user:
-// adds the parts in their order, inner MLP, attention by the column sums of its softmax, pooling, outer MLP, latent.
+// Encode: the pairs of each user in tiles of 16, from its own first pair; block (tile and columns of h, part of E) writes
+// its part of the inner encoder's first linear, of both options. The block that ends last of a user's does what remains
+// for that user: adds the parts in their order, where E has more than one, inner MLP, attention by the column sums of its
+// softmax, pooling, outer MLP, latent.
 //
 // sum_i sum_j p_ij v_j = W_v (sum_j c_j h_j) + K b_v with c_j = sum_i p_ij: values are never made for a pair.
 #include "product.h"
@@ -29,7 +30,7 @@ struct Encode {
   const void *noise;
   void *result;
   // Workspace. h follows `first`, relu'd, where there is an inner MLP.
-  float *parts;                        // [2 splits, N, H]
+  float *parts;                        // [splits, N, H] where there are more than one
   void *first, *h, *qk;                // [N, H], [N, H], [N, 2H]
   float *norms, *shares;               // [heads, N]: log2 of a query's denominator; a key's sum over queries
   float *mixed, *vectors;              // [U, heads, H]: a head's sum_j c_j h_j; [U, 2, 2H]
@@ -160,6 +161,13 @@ __device__ __forceinline__ void share_out(const T *qk, float *norms, float *shar
 // log(1 + exp(x))
 __device__ __forceinline__ float softplus(float x) { return fmaxf(x, 0.0f) + log1pf(expf(-fabsf(x))); }
 
+// The first linear's bias, and ReLU before an MLP; rounded.
+template <class T>
+__device__ __forceinline__ T first_of(const Encode &e, int64_t n, float sum) {
+  sum += to_float(load(static_cast<const T *>(e.in.weights.inner0_bias) + n));
+  return from_float<T>(e.in.inner == FSSA_INNER_MLP && sum < 0.0f ? 0.0f : sum);  // lets NaN through
+}
+
 // What remains for a user when all parts are there; the whole block.
 template <class T>
 __device__ __forceinline__ void finish(const Encode &e, int64_t user, int64_t begin, int64_t count) {
@@ -168,16 +176,17 @@ __device__ __forceinline__ void finish(const Encode &e, int64_t user, int64_t be
   const bool mlp = in.inner == FSSA_INNER_MLP;
   T *first = static_cast<T *>(e.first) + begin * width, *h = static_cast<T *>(e.h) + begin * width;
   const auto weights = [](const void *data) { return static_cast<const T *>(data); };
-  for (int64_t i = threadIdx.x; i < count * width; i += THREADS) {
-    float sum = 0.0f;
+  if (e.splits > 1) {
+    for (int64_t i = threadIdx.x; i < count * width; i += THREADS) {
+      float sum = 0.0f;
 #pragma unroll 4
-    for (int64_t split = 0; split < 2 * e.splits; split++) {
-      sum += load_from_others(e.parts + (split * pairs + begin) * width + i);
+      for (int64_t split = 0; split < e.splits; split++) {
+        sum += load_from_others(e.parts + (split * pairs + begin) * width + i);
+      }
+      store((mlp ? first : h) + i, first_of<T>(e, i % width, sum));
     }
-    sum += to_float(load(weights(in.weights.inner0_bias) + i % width));
-    store((mlp ? first : h) + i, from_float<T>(mlp && sum < 0.0f ? 0.0f : sum));  // lets NaN through
+    __syncthreads();
   }
-  __syncthreads();
   if (mlp) {
     multiply_rows(first, weights(in.weights.inner1), weights(in.weights.inner1_bias), h, count, width, width);
   }
@@ -261,16 +270,35 @@ __global__ void __launch_bounds__(THREADS, 1) encode_kernel(Encode e, bool whole
   const int64_t row = (tile - first_tile(in, user)) * PAIRS;
   if (tile - first_tile(in, user) >= own_tiles) return;  // more tiles were launched than there are
   if (row < count) {
-    const int64_t half = blockIdx.y / e.splits, start = blockIdx.y % e.splits * e.chunk;
-    const ChoiceRows<T> rows{static_cast<const T *>(in.pairs), in.choices, in.embedding_width, begin + row, count - row,
-                             half, start};
-    const T *inner0 = static_cast<const T *>(in.weights.inner0) + column * 2 * in.embedding_width;
-    Tile::run(rows, MatrixRows<T>{inner0 + half * in.embedding_width + start, 2 * in.embedding_width, width - column},
-              smaller(e.chunk, in.embedding_width - start), whole_pairs, whole_weights);
-    float *parts = e.parts + (blockIdx.y * in.pair_count + begin + row) * width + column;
-    for (int i = threadIdx.x; i < Tile::ROWS * Tile::COLUMNS; i += THREADS) {
-      const int m = i / Tile::COLUMNS, n = i % Tile::COLUMNS;
-      if (row + m < count && column + n < width) store(parts + m * width + n, Tile::sum(m, n));
+    constexpr int OWN = Tile::ROWS * Tile::COLUMNS / THREADS;  // elements of a thread
+    static_assert(OWN * THREADS == Tile::ROWS * Tile::COLUMNS, "every thread has as many elements");
+    const int64_t start = blockIdx.y * e.chunk, size = smaller(e.chunk, in.embedding_width - start);
+    const T *inner0 = static_cast<const T *>(in.weights.inner0) + column * 2 * in.embedding_width + start;
+    float sums[OWN] = {};
+#pragma unroll 1
+    for (int64_t half = 0; half < 2; half++) {
+      Tile::run(ChoiceRows<T>{static_cast<const T *>(in.pairs), in.choices, in.embedding_width, begin + row, count - row,
+                              half, start},
+                MatrixRows<T>{inner0 + half * in.embedding_width, 2 * in.embedding_width, width - column}, size,
+                whole_pairs, whole_weights);
+#pragma unroll
+      for (int i = 0; i < OWN; i++) {
+        const int element = static_cast<int>(threadIdx.x) + i * THREADS;
+        sums[i] += Tile::sum(element / Tile::COLUMNS, element % Tile::COLUMNS);
+      }
+      __syncthreads();
+    }
+#pragma unroll
+    for (int i = 0; i < OWN; i++) {
+      const int element = static_cast<int>(threadIdx.x) + i * THREADS, m = element / Tile::COLUMNS;
+      const int64_t n = column + element % Tile::COLUMNS;
+      if (row + m >= count || n >= width) continue;
+      const int64_t at = (begin + row + m) * width + n;
+      if (e.splits > 1) {
+        store(e.parts + blockIdx.y * in.pair_count * width + at, sums[i]);
+      } else {
+        store(static_cast<T *>(in.inner == FSSA_INNER_MLP ? e.first : e.h) + at, first_of<T>(e, n, sums[i]));
+      }
     }
   }
   // Who arrives last finds the parts of all others.
@@ -278,7 +306,7 @@ __global__ void __launch_bounds__(THREADS, 1) encode_kernel(Encode e, bool whole
   __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {
-    const int64_t blocks = own_tiles * column_tiles * 2 * e.splits;
+    const int64_t blocks = own_tiles * column_tiles * e.splits;
     *last = atomicAdd(e.arrived + user, 1) == static_cast<int32_t>(blocks - 1);
   }
   __syncthreads();
@@ -339,7 +367,7 @@ int64_t lay_out(Encode &e, void *base) {
   e.splits = larger(1, smaller(MOST_SPLITS, in.embedding_width / CHUNK));
   e.chunk = larger(1, divide_up(divide_up(in.embedding_width, e.splits), 128)) * 128;  // whole steps of every dtype
   e.splits = larger(1, divide_up(in.embedding_width, e.chunk));
-  e.parts = static_cast<float *>(take(2 * e.splits * pairs * width * 4));
+  e.parts = static_cast<float *>(take(e.splits > 1 ? e.splits * pairs * width * 4 : 0));
   e.first = take(in.inner == FSSA_INNER_MLP ? pairs * width * size : 0);
   e.h = take(pairs * width * size);
   e.qk = take(attention ? pairs * 2 * width * size : 0);
@@ -363,7 +391,7 @@ void encode(const fssa_context_input &in, bool latent, const void *noise, void *
   const bool whole_pairs = whole_pieces<T>(in.pairs, in.embedding_width);
   const bool whole_weights = whole_pieces<T>(in.weights.inner0, in.embedding_width);
   launch("context: encode", encode_kernel<T>,
-         dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(2 * e.splits)), THREADS,
+         dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(e.splits)), THREADS,
          larger(Tile::SHARED, Later<T>::SHARED), stream, false, e, whole_pairs, whole_weights);
 }
 

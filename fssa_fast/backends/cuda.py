@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fssa_fast.backends import BackendError
+from fssa_fast.backends import BackendError, gpus
 from fssa_fast.backends.addresses import (
     CODES,
     addresses,
@@ -30,7 +30,6 @@ from fssa_fast.backends.addresses import (
 
 NAME = "cuda"
 DEVICES: set[str] = set()  # of no device by itself, see above
-OLDEST = (8, 0)  # compute capability
 
 _core: Any = None
 _reason: str | None = None
@@ -44,19 +43,12 @@ except ImportError as error:
 
 
 def unavailable() -> str | None:
-    """Why no kernel can run here, or None: torch without CUDA, no GPU, all GPUs too old, or a module not built."""
+    """Why no kernel can run here, or None: torch without CUDA, no GPU, GPUs too old, no module, or one that fails."""
     if torch.version.cuda is None:
         return "this build of torch has no CUDA"
     if not torch.cuda.is_available():
         return "no GPU was found"
-    newest = max(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
-    return _too_old(newest) or _reason
-
-
-def _too_old(capability: tuple[int, int]) -> str | None:
-    if capability >= OLDEST:
-        return None
-    return "a GPU of compute capability {}.{} or newer is needed, this one has {}.{}".format(*OLDEST, *capability)
+    return gpus.too_old(gpus.newest()) or _reason or gpus.tried(film)
 
 
 def refuses(op: str, tensor: Tensor) -> str | None:
@@ -67,7 +59,7 @@ def refuses(op: str, tensor: Tensor) -> str | None:
         return f"dtype {tensor.dtype} is not one of {', '.join(str(dtype) for dtype in CODES)}"
     if tensor.device.type != "cuda":
         return f"tensors on {tensor.device} are not taken"
-    return _too_old(torch.cuda.get_device_capability(tensor.device))
+    return gpus.too_old(tensor.device)
 
 
 def prefers(op: str, args: Sequence[Any]) -> bool:

@@ -12,18 +12,29 @@ from functools import wraps
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-OLDEST = (3, 6)
-if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST:
-    raise ImportError(f"triton: expected version 3.6 or newer, got {triton.__version__}")
+from fssa_fast.backends import BackendError, gpus
+from fssa_fast.ops._common import check_slot_range
+from fssa_fast.ops.context import check_choices, check_offsets
 
-from fssa_fast.backends import BackendError  # noqa: E402
-from fssa_fast.kernels import configs, context, film, lora  # noqa: E402  (an older triton fails in it, obscurely)
-from fssa_fast.kernels.common import INTERPRETED  # noqa: E402
-from fssa_fast.ops._common import check_slot_range  # noqa: E402
-from fssa_fast.ops.context import check_choices, check_offsets  # noqa: E402
+try:
+    import triton
+except ImportError as error:
+    raise ImportError(
+        f"triton could not be imported ({error}); torch's builds for GPUs bring it, or `pip install triton` does"
+    ) from error
+
+OLDEST, NEWEST = "3.6", "3.9"  # that the kernels were tested with
+if tuple(map(int, triton.__version__.split(".")[:2])) < tuple(map(int, OLDEST.split("."))):
+    raise ImportError(f"triton: expected version {OLDEST} or newer, got {triton.__version__}")
+try:
+    from fssa_fast.kernels import configs, context, film, lora
+    from fssa_fast.kernels.common import INTERPRETED
+except Exception as error:  # what a later release no longer has shows as anything
+    raise ImportError(
+        f"triton {triton.__version__} does not take the kernels, which were tested with {OLDEST} to {NEWEST}: {error!r}"
+    ) from error
 
 NAME = "triton"
 DEVICES = {"cuda"}
@@ -31,10 +42,16 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def unavailable() -> str | None:
-    """Why no kernel can run here: no GPU, and not interpreting."""
-    if torch.cuda.is_available() or INTERPRETED.value:
+    """Why no kernel can run here, or None: not interpreting and no GPU, GPUs too old, or a trial that fails."""
+    if INTERPRETED.value:
         return None
-    return "no GPU was found, and TRITON_INTERPRET=1 was not set before triton was imported"
+    if not torch.cuda.is_available():
+        return "no GPU was found, and TRITON_INTERPRET=1 was not set before triton was imported"
+    reason = gpus.too_old(gpus.newest())
+    if reason is not None:
+        return reason
+    failure = gpus.tried(IMPLEMENTATIONS["film"])
+    return failure and f"{failure} (triton {triton.__version__}; tested with {OLDEST} to {NEWEST})"
 
 
 def refuses(op: str, tensor: Tensor) -> str | None:
@@ -45,7 +62,7 @@ def refuses(op: str, tensor: Tensor) -> str | None:
         return f"tensors on {tensor.device} are taken only where TRITON_INTERPRET=1 was set before triton was imported"
     if op.startswith("film_norm") and tensor.shape[-1] > configs.WIDEST_NORM:
         return f"a norm over {tensor.shape[-1]} is wider than {configs.WIDEST_NORM}"
-    return None
+    return gpus.too_old(tensor.device) if tensor.device.type == "cuda" else None
 
 
 def prefers(op: str, args: Sequence[Any]) -> bool:

@@ -104,8 +104,8 @@ size_t shared_size = 0;
 const std::function<void()> *body = nullptr;
 Fiber scheduler;
 
-const void *main_stack = nullptr;
-size_t main_stack_size = 0;
+[[maybe_unused]] const void *main_stack = nullptr;  // by AddressSanitizer alone
+[[maybe_unused]] size_t main_stack_size = 0;
 
 void switch_fibers(Fiber &from, Fiber &to, bool last) {
 #if defined(__SANITIZE_ADDRESS__)
