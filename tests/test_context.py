@@ -214,6 +214,7 @@ def test_many_users_are_taken_some_at_a_time(backend):
 )
 def test_any_shape(backend, counts, embedding, heads, width, kind, seed):
     torch.manual_seed(seed)
+    counts = [*counts, *[7] * (64 // (heads * width))]  # of few numbers, PyTorch's may all happen to be exact
     args = context_args(tuple(counts), embedding, heads * width, heads, *kind, torch.float32)
     with running(backend):
         check_parity(encode(args), context_reference, args)

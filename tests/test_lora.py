@@ -144,6 +144,7 @@ def test_zeros_switch_the_adapter_off(backend, dtype):
 )
 def test_any_shape(backend, rows, width, parts, beta, threads, seed):
     torch.manual_seed(seed)
+    rows += 64 // min(outputs for _, outputs in parts)  # of few numbers, PyTorch's may all happen to be exact
     args = lora_args(rows, width, tuple(parts), torch.float32, beta=beta)
     torch.set_num_threads(threads)
     try:
