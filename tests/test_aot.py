@@ -24,6 +24,7 @@ SUBSET = [
     "sm_90/context-odd/bfloat16/context_pool",
     "gfx942/film_backward-4096/float32/*",
     "sm_100/context_backward/bfloat16/context_keys",
+    "sm_90/block-decode-1536/bfloat16/*",
 ]
 
 SPILLS = """
@@ -36,8 +37,8 @@ def planted_kernel(x_ptr, y_ptr, N: tl.constexpr):
     x = tl.load(x_ptr + i)
     tl.store(y_ptr + i, tl.dot(x, x, input_precision="ieee"))
 
-x = torch.empty(128, 128, device="meta")
-[launch] = aot.launches_of(lambda: planted_kernel[(1,)](x, x, 128, num_warps=1))
+x = torch.empty(64, 64, device="meta")
+[launch] = aot.launches_of(lambda: planted_kernel[(1,)](x, x, 64, num_warps=1))
 print(aot.measure(launch, "sm_80"))
 """
 
@@ -91,7 +92,7 @@ def test_a_kernel_that_spills_is_caught(tmp_path: Path) -> None:
     done = compiling(str(script))
     assert done.returncode == 0, done.stderr
     row = ast.literal_eval(done.stdout)
-    assert row["spills"] > 1000
+    assert row["spills"] > 100
     assert "spilled" in aot.worse("sm_80/case/float32/planted", row, row)[0]
 
 

@@ -296,6 +296,11 @@ def test_unknown_and_unfit_users_change_nothing() -> None:
     assert state(policy) == before
 
 
+def test_a_bank_too_large_for_the_memory_is_explained() -> None:
+    with pytest.raises(MemoryError, match=r"capacity: expected a bank that fits into the memory of cpu, got 1\d+ rows"):
+        make_policy(capacity=10**13)
+
+
 def test_a_full_bank_changes_nothing() -> None:
     policy = make_policy(capacity=2)
     policy.users.add("a", make_choices(1))

@@ -28,7 +28,14 @@ class Bank:
         if capacity < 1:
             raise ValueError(f"capacity: expected at least 1, got {capacity}")
         self.layout, self.capacity = layout, capacity
-        self.rows = torch.zeros(capacity + RESERVED, layout.width, dtype=dtype, device=device)
+        try:
+            self.rows = torch.zeros(capacity + RESERVED, layout.width, dtype=dtype, device=device)
+        except RuntimeError as error:
+            gib = (capacity + RESERVED) * layout.width * dtype.itemsize / 2**30
+            raise MemoryError(
+                f"capacity: expected a bank that fits into the memory of {device}, got {capacity} rows of {gib:.1f} GiB "
+                "in all; a smaller one serves as many users from a store"
+            ) from error
         self._free = list(range(capacity + RESERVED - 1, RESERVED - 1, -1))
         self._pins: dict[int, int] = {}
         self._released: set[int] = set()
