@@ -33,8 +33,8 @@ class Bank:
         except RuntimeError as error:
             gib = (capacity + RESERVED) * layout.width * dtype.itemsize / 2**30
             raise MemoryError(
-                f"capacity: expected a bank that fits into the memory of {device}, got {capacity} rows of {gib:.1f} GiB "
-                "in all; a smaller one serves as many users from a store"
+                f"capacity: expected a bank that fits into the memory of {device}, got {capacity} rows of {gib:.1f} "
+                "GiB in all; a smaller one serves as many users from a store"
             ) from error
         self._free = list(range(capacity + RESERVED - 1, RESERVED - 1, -1))
         self._pins: dict[int, int] = {}
