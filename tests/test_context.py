@@ -208,13 +208,13 @@ def test_many_users_are_taken_some_at_a_time(backend):
     counts=st.lists(st.integers(0, 12), min_size=1, max_size=5),
     embedding=st.integers(1, 70),
     heads=st.integers(1, 5),
-    width=st.integers(1, 20),
+    width=st.integers(8, 24),
     kind=st.sampled_from(KINDS),
     seed=st.integers(0, 99),
 )
 def test_any_shape(backend, counts, embedding, heads, width, kind, seed):
     torch.manual_seed(seed)
-    counts = [*counts, *[7] * (64 // (heads * width))]  # of few numbers, PyTorch's may all happen to be exact
+    counts = [*counts, *[7] * 8]  # of few numbers, PyTorch's may all happen to be exact
     args = context_args(tuple(counts), embedding, heads * width, heads, *kind, torch.float32)
     with running(backend):
         check_parity(encode(args), context_reference, args)

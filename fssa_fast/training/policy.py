@@ -192,8 +192,8 @@ class NPDPOTrainer(NamesNaN, Trainer):
         return optimizer
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        folder = str(output_dir or self.args.output_dir)
-        self.policy.save_pretrained(folder)
+        if self.args.should_save:  # transformers calls this in every process
+            self.policy.save_pretrained(str(output_dir or self.args.output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_adapter(self.policy, Path(resume_from_checkpoint) / WEIGHTS_NAME)

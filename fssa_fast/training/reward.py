@@ -188,8 +188,8 @@ class RewardTrainer(NamesNaN, Trainer):
         return metrics
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        folder = str(output_dir or self.args.output_dir)
-        self.reward.save_pretrained(folder)
+        if self.args.should_save:  # transformers calls this in every process
+            self.reward.save_pretrained(str(output_dir or self.args.output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         model = self.reward
