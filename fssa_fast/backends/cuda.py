@@ -15,18 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fssa_fast.backends import BackendError, gpus
-from fssa_fast.backends.addresses import (
-    CODES,
-    addresses,
-    at,
-    contiguous,
-    encoder_of,
-    gamma_of,
-    new_like,
-    rows_of,
-    slots_of,
-)
+from fssa_fast.backends import gpus
+from fssa_fast.backends.addresses import CODES
+from fssa_fast.backends.native_ops import ForwardOps
 
 NAME = "cuda"
 DEVICES: set[str] = set()  # of no device by itself, see above
@@ -85,159 +76,17 @@ def _workspace(tensor: Tensor) -> Callable[[int], int]:
     return take
 
 
-# ---------------------------------------------------------------- film
+_WITH_WORKSPACE = ("lora", "context", "context_rows")
 
 
-def film(x: Tensor, scale: Tensor, shift: Tensor, slots: Tensor) -> Tensor:
-    y, points, scale, shift, slots = new_like(x), rows_of(x), rows_of(scale), rows_of(shift), slots.contiguous()
-    rows, width = points.shape
-    with _stream_of(x) as stream:
-        _core.film(
-            CODES[x.dtype], rows, width, at(points), at(scale), at(shift), slots_of(slots, rows, scale.shape[0]),
-            (y.data_ptr(), width), stream,
-        )  # fmt: skip
-    return y
+def _launch(op: str, tensor: Tensor, *arguments: Any) -> None:
+    with _stream_of(tensor) as stream:
+        workspace = (_workspace(tensor),) if op in _WITH_WORKSPACE else ()
+        getattr(_core, op)(*arguments, *workspace, stream)
 
 
-def film_norm(
-    x: Tensor, residual: Tensor, scale: Tensor, shift: Tensor, slots: Tensor, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    hidden, normed, points, residual = new_like(x), new_like(x), rows_of(x), rows_of(residual)
-    scale, shift, slots, weight = rows_of(scale), rows_of(shift), slots.contiguous(), weight.contiguous()
-    rows, width = points.shape
-    with _stream_of(x) as stream:
-        _core.film_norm(
-            CODES[x.dtype], rows, width, at(points), at(residual), at(scale), at(shift),
-            slots_of(slots, rows, scale.shape[0]), weight.data_ptr(), eps, (hidden.data_ptr(), width),
-            (normed.data_ptr(), width), stream,
-        )  # fmt: skip
-    return hidden, normed
+_forward = ForwardOps(NAME, _launch)
+film, film_norm, lora, lora_ = _forward.film, _forward.film_norm, _forward.lora, _forward.lora_
+context, context_rows_ = _forward.context, _forward.context_rows_
 
-
-# ---------------------------------------------------------------- lora
-
-
-def _run_lora(
-    x: Tensor,
-    ys: Sequence[Tensor],
-    outs: Sequence[Tensor],
-    a: Tensor,
-    bs: Sequence[Tensor],
-    gamma: Tensor,
-    beta: Tensor | None,
-    slots: Tensor,
-    scaling: float,
-) -> None:
-    """lora from ys into outs, matrices with adjacent columns."""
-    points, a, slots = rows_of(x), rows_of(a), slots.contiguous()
-    gamma, column_stride = gamma_of(gamma)
-    beta = None if beta is None else rows_of(beta)
-    bs = [rows_of(b) for b in bs]
-    parts = [(*b.shape, at(y), at(b), at(out)) for y, b, out in zip(ys, bs, outs, strict=True)]
-    rows, width = points.shape
-    with _stream_of(x) as stream:
-        _core.lora(
-            CODES[x.dtype], rows, width, at(points), at(a), at(gamma), (0, 0) if beta is None else at(beta),
-            column_stride, slots_of(slots, rows, gamma.shape[0]), scaling, parts, _workspace(x), stream,
-        )  # fmt: skip
-
-
-def lora(
-    x: Tensor,
-    ys: Sequence[Tensor],
-    a: Tensor,
-    bs: Sequence[Tensor],
-    gamma: Tensor,
-    beta: Tensor | None,
-    slots: Tensor,
-    scaling: float,
-) -> list[Tensor]:
-    outs = [new_like(y) for y in ys]
-    _run_lora(x, [rows_of(y) for y in ys], [rows_of(out) for out in outs], a, bs, gamma, beta, slots, scaling)
-    return outs
-
-
-def lora_(
-    x: Tensor,
-    ys: Sequence[Tensor],
-    a: Tensor,
-    bs: Sequence[Tensor],
-    gamma: Tensor,
-    beta: Tensor | None,
-    slots: Tensor,
-    scaling: float,
-) -> None:
-    outs = [rows_of(y) for y in ys]
-    _run_lora(x, outs, outs, a, bs, gamma, beta, slots, scaling)
-    for y, out in zip(ys, outs, strict=True):
-        if y.data_ptr() != out.data_ptr():  # a copy, since y's strides are no matrix's
-            y.copy_(out.view(y.shape))
-
-
-# ---------------------------------------------------------------- context
-
-
-def context(
-    pairs: Tensor,
-    choices: Tensor,
-    offsets: Tensor,
-    weights: Sequence[Tensor | None],
-    inner: str,
-    pooling: str,
-    heads: int,
-) -> Tensor:
-    pairs, choices, weights = pairs.contiguous(), choices.long().contiguous(), contiguous(weights)
-    offsets = offsets.to(pairs.device).long().contiguous()
-    encoder = encoder_of(pairs, offsets, weights, inner, pooling, heads)
-    encoded = pairs.new_empty(encoder[1], encoder[4])
-    with _stream_of(pairs) as stream:
-        _core.context(
-            CODES[pairs.dtype], encoder, pairs.data_ptr(), choices.data_ptr(), offsets.data_ptr(),
-            addresses(weights), encoded.data_ptr(), _workspace(pairs), stream,
-        )  # fmt: skip
-    return encoded
-
-
-def context_rows_(
-    bank: Tensor,
-    slots: Tensor,
-    pairs: Tensor,
-    choices: Tensor,
-    offsets: Tensor,
-    weights: Sequence[Tensor | None],
-    modulation: Tensor,
-    modulation_bias: Tensor,
-    noise: Tensor | None,
-    inner: str,
-    pooling: str,
-    heads: int,
-) -> Tensor:
-    if pairs.dtype not in CODES:
-        raise BackendError(f"backend 'cuda' cannot take pairs of dtype {pairs.dtype}")
-    pairs, choices, weights = pairs.contiguous(), choices.long().contiguous(), contiguous(weights)
-    offsets, slots = offsets.to(pairs.device).long().contiguous(), slots.contiguous()
-    modulation, modulation_bias = modulation.contiguous(), modulation_bias.contiguous()
-    noise = None if noise is None else noise.contiguous()
-    encoder = encoder_of(pairs, offsets, weights, inner, pooling, heads)
-    latents = pairs.new_empty(encoder[1], encoder[3])
-    table = rows_of(bank)
-    with _stream_of(pairs) as stream:
-        _core.context_rows(
-            CODES[pairs.dtype], encoder, pairs.data_ptr(), choices.data_ptr(), offsets.data_ptr(),
-            addresses(weights), CODES[bank.dtype], at(table), table.shape[1],
-            slots_of(slots, slots.numel(), table.shape[0]), modulation.data_ptr(), modulation_bias.data_ptr(),
-            0 if noise is None else noise.data_ptr(), latents.data_ptr(), _workspace(pairs), stream,
-        )  # fmt: skip
-    if table.data_ptr() != bank.data_ptr():
-        bank.copy_(table)
-    return latents
-
-
-IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
-    "film": film,
-    "film_norm": film_norm,
-    "lora": lora,
-    "lora_": lora_,
-    "context": context,
-    "context_rows_": context_rows_,
-}
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = _forward.implementations()
