@@ -114,13 +114,13 @@ def test_users_are_exported_and_imported(folder: Path, tmp_path: Path, store: Pa
 @pytest.mark.parametrize(
     "line, message",
     [
-        ("no json", "users.jsonl:2: not JSON"),
-        ("[1]", "users.jsonl:2: expected an object"),
-        ('{"name": "x"}', "users.jsonl:2: expected a 'choices'"),
-        ('{"name": "x", "choices": 3}', "users.jsonl:2: expected a list of choices"),
-        ('{"name": "x", "choices": [{"chosen": "w7"}]}', "users.jsonl:2: expected a 'rejected'"),
-        ('{"name": "x", "choices": [{"chosen": "w7", "rejected": "w7"}]}', "users.jsonl:2: .*two different"),
-        ('{"name": "x", "choices": [], "age": 7}', "users.jsonl:2: .*got 'age'"),
+        ("no json", "users.jsonl, line 2: not JSON"),
+        ("[1]", "users.jsonl, line 2: expected an object"),
+        ('{"name": "x"}', "users.jsonl, line 2: expected a 'choices'"),
+        ('{"name": "x", "choices": 3}', "users.jsonl, line 2: expected a list of choices"),
+        ('{"name": "x", "choices": [{"chosen": "w7"}]}', "users.jsonl, line 2: expected a 'rejected'"),
+        ('{"name": "x", "choices": [{"chosen": "w7", "rejected": "w7"}]}', "users.jsonl, line 2: .*two different"),
+        ('{"name": "x", "choices": [], "age": 7}', "users.jsonl, line 2: .*got 'age'"),
     ],
 )
 def test_bad_lines_are_named(folder: Path, tmp_path: Path, line: str, message: str) -> None:

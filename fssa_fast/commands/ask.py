@@ -19,7 +19,8 @@ def ask(
     """Print the pairs whose answers would tell most about a user, with the information expected, in nats."""
     import torch
 
-    from fssa_fast.data.files import Choice, DataError, read_choices
+    from fssa_fast.data.files import Choice, read_choices
+    from fssa_fast.data.lines import DataError
     from fssa_fast.evaluation.questions import expected_information
     from fssa_fast.nn import NPBTL
     from fssa_fast.steering import TextEmbedder

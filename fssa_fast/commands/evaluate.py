@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import typer
+
+if TYPE_CHECKING:
+    from fssa_fast.training.config import DataConfig
 
 Counts = Annotated[str, typer.Option(help="Numbers of choices, with commas.")]
 DataFile = Annotated[Path | None, typer.Option(help="A file of choices; without, the run's own and its test users.")]
@@ -27,10 +29,10 @@ def _counts(text: str) -> list[int]:
 
 @dataclass(frozen=True)
 class Setup:
-    """Where a run's data is: the file, what embeds it, and the users to measure on (None: all)."""
+    """Where a run's data is: the file, how the run read it, and the users to measure on (None: all)."""
 
     path: Path
-    embed: Callable[..., Any] | None
+    config: DataConfig
     users: list[str] | None
 
 
@@ -41,23 +43,19 @@ def _setup(run: dict[str, Any], data: Path | None) -> Setup:
     config = run.get("config")
     if config is None:
         raise ValueError("run: expected one of `fssa train`, got one without a configuration")
-    embedder = (
-        from_json(DataConfig, config["data"], "run.config.data").load_embedder() if run["what"] == "reward" else None
-    )
-    embed = None if embedder is None else embedder.encode
+    read = from_json(DataConfig, config["data"], "run.config.data")
     if data is not None:
-        return Setup(data, embed, None)
+        return Setup(data, read, None)
     from fssa_fast.data.choices import split_users
     from fssa_fast.data.files import read_choices
     from fssa_fast.training.runs import file_hash
 
-    path = config["data"]["path"]
-    if file_hash(path) != run["data"]["sha256"]:
-        raise ValueError(f"{path}: expected the file the run was trained on, got another; name one with --data")
-    names = list(dict.fromkeys(choice.user for choice in read_choices(path)))
+    if file_hash(read.path) != run["data"]["sha256"]:
+        raise ValueError(f"{read.path}: expected the file the run was trained on, got another; name one with --data")
+    names = list(dict.fromkeys(choice.user for choice in read_choices(read.path)))
     names = sorted(names) if run["what"] == "policy" else names
-    test = split_users(len(names), config["data"]["split_seed"], config["data"]["shares"])[2]
-    return Setup(Path(path), embed, [names[i] for i in test])
+    test = split_users(len(names), read.split_seed, read.shares)[2]
+    return Setup(Path(read.path), read, [names[i] for i in test])
 
 
 def _reward_scores(run: Path, setup: Setup, counts: list[int]) -> dict[int, Any]:
@@ -69,7 +67,8 @@ def _reward_scores(run: Path, setup: Setup, counts: list[int]) -> dict[int, Any]
     choices = read_choices(setup.path)
     if setup.users is not None:
         choices = [choice for choice in choices if choice.user in set(setup.users)]
-    data = choice_data(choices, setup.embed, path=setup.path)
+    embedder = setup.config.load_embedder()
+    data = choice_data(choices, None if embedder is None else embedder.encode, path=setup.path)
     predict = model_predictor(RewardModel.from_pretrained(run))
     examples = held_out_examples(data, max_context=max(counts), repeats=4)
     return {count: score(predict, data, truncate(examples, count)) for count in counts}

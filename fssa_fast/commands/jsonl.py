@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,23 +14,15 @@ if TYPE_CHECKING:
 def read_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """The objects of a file, a line each, with where they stand; empty lines are left out.
 
-    Raises ValueError for a line that is no JSON object.
+    Raises DataError for a line that is no JSON object.
     """
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            where = f"{path}:{number}"
-            if not line.strip():
-                continue
-            try:
-                found = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{where}: not JSON: {error}") from error
-            if not isinstance(found, dict):
-                raise ValueError(f"{where}: expected an object, got {line.strip()!r:.80}")
-            yield where, found
+    from fssa_fast.data.lines import json_lines
+
+    for number, found in json_lines(path):
+        yield f"{path}, line {number}", found
 
 
-def check_keys(where: str, found: Mapping[str, Any], required: set[str], optional: set[str] = frozenset()) -> None:  # type: ignore[assignment]
+def check_keys(where: str, found: Mapping[str, Any], required: Set[str], optional: Set[str] = frozenset()) -> None:
     """Raises ValueError for a key that is missing or not known."""
     for name in sorted(required - found.keys()):
         raise ValueError(f"{where}: expected a {name!r}, got {sorted(found)}")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,11 @@ import torch
 from torch import Tensor
 
 from fssa_fast.data.choices import ChoiceData
+from fssa_fast.data.lines import DataError, json_lines
 
 KEYS = ("user", "prompt", "chosen", "rejected", "group")
 Option = str | tuple[float, ...]
 Embed = Callable[[Sequence[tuple[str, str]]], Tensor]
-
-
-class DataError(ValueError):
-    """A data file that is not what it should be; names file and line, what was expected and what came."""
 
 
 @dataclass(frozen=True)
@@ -41,29 +38,6 @@ class Choice:
     prompt: str = ""
     group: str | None = None
     line: int = 0
-
-
-def text_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, str]]:
-    """The lines of a file in UTF-8, with their numbers; DataError names the line that is in another encoding."""
-    with open(path, "rb") as file:
-        for number, raw in enumerate(file, start=1):
-            try:
-                yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise DataError(f"{path}, line {number}: expected UTF-8, got byte {raw[error.start]:#04x}") from error
-
-
-def json_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The objects of a file of JSON lines, with their line numbers; empty lines are left out."""
-    for number, line in text_lines(path):
-        if line.strip():
-            try:
-                content = json.loads(line)
-            except ValueError as error:
-                raise DataError(f"{path}, line {number}: not JSON: {error}") from error
-            if not isinstance(content, dict):
-                raise DataError(f"{path}, line {number}: expected an object, got {type(content).__name__}")
-            yield number, content
 
 
 def read_choices(path: str | os.PathLike[str]) -> list[Choice]:

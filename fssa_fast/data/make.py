@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fssa_fast.data.files import Choice, DataError, Option, json_lines, read_choices, text_lines, write_choices
+from fssa_fast.data.files import Choice, Option, read_choices, write_choices
+from fssa_fast.data.lines import DataError, json_lines, text_lines
 from fssa_fast.training.runs import environment, file_hash, write_json
 
 Kind = Literal["ratings", "votes", "rankings", "pairs"]

@@ -7,16 +7,15 @@ out is named in each docstring; statistics that a loader needs (rates, scales) c
 from __future__ import annotations
 
 import csv
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from fssa_fast.data.choices import ChoiceData, Indices, split_users
+from fssa_fast.data.lines import json_lines
 
 Parts = tuple[ChoiceData, ChoiceData, ChoiceData]
 Directory = str | os.PathLike[str]
@@ -43,7 +42,7 @@ def polis(
         if conversation not in archive.files:
             raise ValueError(f"conversation: expected one of {sorted(archive.files)}, got {conversation!r}")
         matrix = archive[conversation]
-    lines = _json_lines(folder / "statements.jsonl")
+    lines = [line for _, line in json_lines(folder / "statements.jsonl")]
     rows = {line["col"]: i for i, line in enumerate(lines) if line["conv"] == conversation}
     if sorted(rows) != list(range(matrix.shape[1])):
         raise ValueError(
@@ -125,7 +124,7 @@ def helpful_harmless(directory: Directory, *, seed: int = 0) -> Parts:
     text's first 256 tokens cannot know.
     """
     folder = Path(directory)
-    lines = _json_lines(folder / "pairs.jsonl")
+    lines = [line for _, line in json_lines(folder / "pairs.jsonl")]
     embeddings = np.load(folder / "minilm_f16.npy", allow_pickle=False).astype(np.float32)
     if len(embeddings) != 2 * len(lines):
         raise ValueError(f"{folder}: expected two embeddings a pair, got {len(embeddings)} for {len(lines)} pairs")
@@ -151,17 +150,6 @@ def helpful_harmless(directory: Directory, *, seed: int = 0) -> Parts:
 def _parts(data: ChoiceData, parts: Sequence[Sequence[int]]) -> Parts:
     train, validation, test = (data.of_users(part).predictable() for part in parts)
     return train, validation, test
-
-
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    found = []
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                found.append(json.loads(line))
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number}: not JSON: {error}") from error
-    return found
 
 
 __all__ = ["Indices", "Parts", "helpful_harmless", "polis", "stated_choice"]

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from fssa_fast._native import load_native
 from fssa_fast.backends import BackendError, chosen_backend
-from fssa_fast.backends.addresses import CODES, at
+from fssa_fast.backends.addresses import CODES, at, slots_of
 from fssa_fast.generation.cache import BLOCK, BlockCache
 from fssa_fast.ops.film import film_norm_reference
 
@@ -182,7 +182,7 @@ class NativeOps:
             for part in parts
         ]  # fmt: skip
         code, rows = CODES[parts[0].y.dtype], len(parts[0].y)
-        where = self._slots(slots, len(parts[0].gamma))
+        where = slots_of(slots, len(slots), len(parts[0].gamma))
         return self._call(self._core.cpu_adapt, (code, rows, where, listed, torch.get_num_threads()), parts, slots)
 
     def gate(self, activation: str, gate: Tensor, up: Tensor, y: Tensor) -> Step:
@@ -205,7 +205,8 @@ class NativeOps:
     ) -> Step:
         args = (
             CODES[x.dtype], *x.shape, at(x), at(residual), at(scale), at(shift),
-            self._slots(slots, len(scale)), weight.data_ptr(), eps, at(hidden), at(normed), torch.get_num_threads(),
+            slots_of(slots, len(slots), len(scale)), weight.data_ptr(), eps, at(hidden), at(normed),
+            torch.get_num_threads(),
         )  # fmt: skip
         return self._call(self._core.cpu_film_norm, args, x, residual, scale, shift, slots, weight, hidden, normed)
 
@@ -231,10 +232,6 @@ class NativeOps:
             s.scale, s.softcap, s.window, at(out), torch.get_num_threads(),
         )  # fmt: skip
         return self._call(self._core.cpu_attention, args, s, q, k, v, positions, sequences, cache, out)
-
-    @staticmethod
-    def _slots(slots: Tensor, limit: int) -> tuple[int, bool, int, int, int]:
-        return slots.data_ptr(), False, len(slots), 1, limit
 
     @staticmethod
     def _call(function: Callable[..., None], args: tuple[Any, ...], *tensors: Any) -> Step:

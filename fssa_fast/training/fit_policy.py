@@ -13,7 +13,8 @@ import torch
 from transformers import PrinterCallback
 
 from fssa_fast.data.choices import split_users
-from fssa_fast.data.files import Choice, DataError, Embed, read_choices
+from fssa_fast.data.files import Choice, Embed, read_choices
+from fssa_fast.data.lines import DataError
 from fssa_fast.nn import NPBTL, ContextEncoder, RewardModel, pack_choices
 from fssa_fast.steering.config import ConfigError, EncoderConfig, SteeringConfig
 from fssa_fast.steering.policy import SteerablePolicy
