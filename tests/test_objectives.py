@@ -189,10 +189,39 @@ def test_logits_exist_for_a_chunk_of_response_tokens_at_a_time():
         seen.append(len(states))
         return states @ head.T
 
+    tokens = int((end - start).sum())
+    response_log_probs(hidden, record, ids, start, end, chunk=4).sum().backward()
+    assert max(seen) <= 4 and sum(seen) == tokens  # a frozen head's: once, gradient and all
+    seen.clear()
+    head.requires_grad_()
     total = response_log_probs(hidden, record, ids, start, end, chunk=4)
-    assert max(seen) <= 4 and sum(seen) == int((end - start).sum())
+    assert max(seen) <= 4 and sum(seen) == tokens
     total.sum().backward()
-    assert max(seen) <= 4 and sum(seen) == 2 * int((end - start).sum())  # made again, not kept
+    assert max(seen) <= 4 and sum(seen) == 2 * tokens  # made again, not kept
+
+
+def test_the_gradient_through_a_frozen_head_is_that_through_a_learning_one():
+    hidden, head, ids, start, end = batch()
+    weights = draw(B, seed=3)
+
+    def gradient(head, states):
+        capped = lambda h: 3 * torch.tanh(h @ head.T / 3)  # noqa: E731
+        total = response_log_probs(states, capped, ids, start, end, chunk=4)
+        return torch.autograd.grad((total * weights).sum(), states)[0]
+
+    exact = gradient(head.double(), hidden.double().requires_grad_())
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        frozen, states = head.detach().to(dtype), hidden.detach().to(dtype).requires_grad_()
+        ours, other = gradient(frozen, states), gradient(frozen.clone().requires_grad_(), states)
+        error, allowed = ((found - exact).abs().max() for found in (ours, other))
+        assert error <= 2 * allowed + 1e-15
+
+
+def test_no_gradient_is_made_where_none_is_wanted():
+    hidden, head, ids, start, end = batch()
+    assert not response_log_probs(hidden, head, ids, start, end).requires_grad
+    with torch.no_grad():
+        assert not response_log_probs(hidden.requires_grad_(), head, ids, start, end).requires_grad
 
 
 def test_only_responses_matter():

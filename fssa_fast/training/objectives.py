@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -110,15 +110,16 @@ def response_log_probs(
     response_start: Tensor,
     response_end: Tensor,
     *,
-    chunk: int = 512,
+    chunk: int = 256,
 ) -> Tensor:
     """Log-probability of each row's response, summed over its tokens.
 
     Semantics: `sum over t in [response_start[b], response_end[b]) of log p(input_ids[b, t] | input_ids[b, :t])`, the
     token at t being predicted from the hidden state at t - 1.
 
-    Logits are made for response tokens only, `chunk` at a time, and again in the backward pass: memory is that of
-    `chunk` rows of the vocabulary, whatever B and T are.
+    Logits are made for response tokens only, `chunk` at a time, and are not kept: memory is that of `chunk` rows of the
+    vocabulary, whatever B and T are. Where the head is frozen they are made once, and the gradient with them; where it
+    learns too, again in the backward pass.
 
     Args:
         hidden: the model's last hidden states, after its final norm, [B, T, D].
@@ -155,19 +156,58 @@ def response_log_probs(
     in_response = (position >= response_start.unsqueeze(1)) & (position < response_end.unsqueeze(1))
     states, labels = hidden[:, :-1][in_response], input_ids[:, 1:][in_response].long()
 
-    def log_probs_of(states: Tensor, labels: Tensor) -> Tensor:
-        logits = F.linear(states, head) if isinstance(head, Tensor) else head(states)
-        if logits.dtype.itemsize < 4:
-            logits = logits.float()
-        return logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
+    def logits_of(states: Tensor) -> Tensor:
+        return F.linear(states, head) if isinstance(head, Tensor) else head(states)
 
-    parts = [
-        checkpoint(log_probs_of, s, t, use_reentrant=False, preserve_rng_state=False)
-        for s, t in zip(states.split(chunk), labels.split(chunk), strict=True)
-    ]
+    if torch.is_grad_enabled() and logits_of(states[:0].detach()).requires_grad:
+        parts = [
+            checkpoint(_log_probs_of, logits_of, s, t, use_reentrant=False, preserve_rng_state=False)
+            for s, t in zip(states.split(chunk), labels.split(chunk), strict=True)
+        ]
+        per_token = torch.cat(parts)
+    else:
+        per_token = _FrozenHeadLogProbs.apply(states, labels, logits_of, chunk)
     # Back to one row a response: a sum over a row does not depend on its neighbours, as an indexed add on a GPU would.
-    per_token = torch.cat(parts)
     return per_token.new_zeros(in_response.shape).masked_scatter(in_response, per_token).sum(1)
+
+
+def _log_probs_of(logits_of: Callable[[Tensor], Tensor], states: Tensor, labels: Tensor) -> Tensor:
+    logits = logits_of(states)
+    logits = logits.float() if logits.dtype.itemsize < 4 else logits
+    return logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
+
+
+class _FrozenHeadLogProbs(torch.autograd.Function):
+    """Log-probability [n] of each label given its state, `chunk` of them at a time.
+
+    A token's log-probability depends on its own state alone, so its gradient, but for a factor that the backward pass
+    brings, is known as soon as its logits are.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, labels: Tensor, logits_of: Callable[[Tensor], Tensor], chunk: int) -> Tensor:
+        values, gradients = [], []
+        for part, wanted in zip(states.split(chunk), labels.split(chunk), strict=True):
+            if not ctx.needs_input_grad[0]:
+                values.append(_log_probs_of(logits_of, part, wanted))
+                continue
+            with torch.enable_grad():
+                part = part.detach().requires_grad_()
+                logits = logits_of(part)
+            wide = logits.detach().float() if logits.dtype.itemsize < 4 else logits.detach()
+            index, total = wanted.unsqueeze(-1), wide.logsumexp(-1, keepdim=True)
+            values.append((wide.gather(-1, index) - total).squeeze(-1))
+            slope = (wide - total).exp_().neg_()  # the gradient of log softmax at a label: 1 there, minus softmax
+            slope.scatter_add_(-1, index, torch.ones_like(total))
+            gradients += torch.autograd.grad(logits, part, slope.to(logits.dtype))
+        if gradients:
+            ctx.save_for_backward(torch.cat(gradients))
+        return torch.cat(values)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        (slopes,) = ctx.saved_tensors
+        return grads[0].unsqueeze(-1).to(slopes.dtype) * slopes, None, None, None
 
 
 class NPDPOLoss(NamedTuple):
