@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny import ARCHITECTURES, LATENT, WIDTH, make_choices, make_config, make_ids, make_loras, make_model, make_policy
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 from fssa_fast import BASE, PRIOR, ConfigError, EncoderConfig, LoraConfig, SteerablePolicy, SteeringConfig, UnknownUser
@@ -403,12 +404,13 @@ def test_gradients_reach_all_that_is_trained_and_nothing_of_the_base(dtype: torc
     }
 
 
+@pytest.mark.parametrize("keep_products", [False, True])
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
-def test_gradient_checkpointing_recomputes_for_the_right_users(name: str) -> None:
+def test_gradient_checkpointing_recomputes_for_the_right_users(name: str, keep_products: bool) -> None:
     def run(checkpointed: bool) -> dict[str, Tensor]:
         policy = make_policy(make_model(name, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0))
         if checkpointed:
-            policy.gradient_checkpointing_enable()
+            policy.gradient_checkpointing_enable({"keep_products": keep_products})
         policy.train()
         policy.encoder.eval()  # its dropout is not what is asked about
         first, second = loss_of(policy, (1, 2)), loss_of(policy, (3, 4))  # two forwards, then one backward
@@ -420,6 +422,46 @@ def test_gradient_checkpointing_recomputes_for_the_right_users(name: str) -> Non
     assert set(plain) == set(checkpointed)
     for key in plain:
         torch.testing.assert_close(checkpointed[key], plain[key], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("mean", [1.0, 0.0])
+def test_a_latent_of_zeros_begins_as_the_plain_adapter_or_as_the_base_model(mean: float) -> None:
+    model = make_model()
+    config = make_config(model, modulations=("scale_shift",))
+    policy = SteerablePolicy(model, config, modulation_std=0.3, modulation_mean=mean)
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if ".fssa.b." in name:
+                parameter.normal_()
+    ids, slots = make_ids(2, 7), torch.zeros(2, dtype=torch.int32)
+
+    def logits(latent: Tensor) -> Tensor:
+        return policy(ids, rows=policy.rows(latent), slots=slots).logits
+
+    assert torch.equal(logits(torch.zeros(1, LATENT)), policy.model(ids).logits) == (mean == 0)
+    assert not torch.equal(logits(torch.ones(1, LATENT)), policy.model(ids).logits)
+
+
+def test_products_that_are_kept_are_not_computed_again() -> None:
+    def products(keep: bool) -> int:
+        policy = make_policy()
+        policy.gradient_checkpointing_enable({"keep_products": keep})
+        policy.train()
+        with Products() as counted:
+            loss_of(policy, (1, 2)).backward()
+        return counted.number
+
+    assert products(True) < products(False)
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+        return func(*args, **kwargs or {})
 
 
 def test_reentrant_checkpoints_are_refused() -> None:

@@ -13,7 +13,7 @@ import multiprocessing
 import resource
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -141,15 +141,18 @@ class OurStep:
     """A training step as `NPDPOTrainer` does it.
 
     cached: whether the base model's log-probabilities are known, as from the second time on that a pair is trained on.
+    recomputed: what of a block the backward pass computes again.
     """
 
-    def __init__(self, base: Any, *, cached: bool, checkpointed: bool = False) -> None:
+    def __init__(
+        self, base: Any, *, cached: bool, recomputed: Literal["nothing", "all but products", "all"] = "nothing"
+    ) -> None:
         config = SteeringConfig(
             EncoderConfig(EMBEDDING, LATENT, dropout=0.0), True, (LoraConfig(TARGETS, RANK, ALPHA, "none"),)
         )
         self.policy, self.cached = SteerablePolicy(base, config).train(), cached
-        if checkpointed:
-            self.policy.gradient_checkpointing_enable()
+        if recomputed != "nothing":
+            self.policy.gradient_checkpointing_enable({"keep_products": recomputed == "all but products"})
         self.reference = ReferenceCache()
         trained = [p for p in self.policy.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-4)
@@ -170,7 +173,8 @@ MAKE: dict[str, Callable[[Any], Callable[[dict[str, Any]], float]]] = {
     "the reference's way": ReferenceStep,
     "ours, first time over the data": lambda base: OurStep(base, cached=False),
     "ours, later times": lambda base: OurStep(base, cached=True),
-    "ours, later times, blocks recomputed": lambda base: OurStep(base, cached=True, checkpointed=True),
+    "ours, later times, products kept": lambda base: OurStep(base, cached=True, recomputed="all but products"),
+    "ours, later times, blocks recomputed": lambda base: OurStep(base, cached=True, recomputed="all"),
 }
 
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from torch.utils.hooks import RemovableHandle
 
 from fssa_fast.ops import film, lora
@@ -163,11 +164,31 @@ def attach(model: nn.Module, layout: Layout) -> Attachment:
     return Attachment(model, layout, current, handles)
 
 
-def checkpoint_contexts(current: CurrentUsers) -> Callable[[], tuple[Any, Any]]:
-    """For torch.utils.checkpoint's context_fn: the recomputation of a block serves the users its forward served."""
+# What takes long to compute again: matrix products, and attention by any of PyTorch's kernels.
+_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
+_ATTENTION = ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
+_LONG = [getattr(torch.ops.aten, name).default for name in _PRODUCTS] + [
+    getattr(torch.ops.aten, f"_scaled_dot_product_{name}").default for name in _ATTENTION
+]
+
+
+def checkpoint_contexts(current: CurrentUsers, keep_products: bool) -> Callable[[], tuple[Any, Any]]:
+    """For torch.utils.checkpoint's context_fn: the recomputation of a block serves the users its forward served.
+
+    keep_products: results of matrix products and of attention are kept, and only the rest is computed again.
+    """
 
     def contexts() -> tuple[Any, Any]:
         users = current.users
-        return current.serve(users), current.serve(users)
+        first, again = create_selective_checkpoint_contexts(_LONG) if keep_products else (nullcontext(), nullcontext())
+        return _within(current.serve(users), first), _within(current.serve(users), again)
 
     return contexts
+
+
+@contextmanager
+def _within(*contexts: Any) -> Iterator[None]:
+    with ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        yield

@@ -37,6 +37,8 @@ class SteerablePolicy(nn.Module):
         capacity: how many users the bank holds at once.
         modulation_std: standard deviation, at the start, of the weights that make adapters' columns of latents; FiLM's
             start at zero, since they multiply through all blocks.
+        modulation_mean: those columns, at the start, of a latent of zeros: 1 is the whole adapter, and what is better
+            for everyone is learnt first; 0 is the base model, and all that is learnt depends on the user.
 
     Raises: ConfigError for blocks or projections the model lacks; ValueError for an embedder of another width.
     """
@@ -50,6 +52,7 @@ class SteerablePolicy(nn.Module):
         embedder: TextEmbedder | None = None,
         capacity: int = 64,
         modulation_std: float = 0.0,
+        modulation_mean: float = 1.0,
     ) -> None:
         super().__init__()
         if embedder is not None and embedder.width != config.encoder.embedding_width:
@@ -66,7 +69,7 @@ class SteerablePolicy(nn.Module):
         self.modulator = Modulator(
             config.encoder.latent_width,
             layout.modulated,
-            init=layout.initial_bias(),
+            init=modulation_mean * layout.initial_bias(),
             std=modulation_std * layout.adapter_columns(),
         ).to(**kind)
         self.bank = Bank(layout, capacity, model.dtype, parameter.device)
@@ -190,12 +193,20 @@ class SteerablePolicy(nn.Module):
         return self.attachment.current.serve(ActiveUsers(rows, slots))
 
     def hidden(
-        self, input_ids: Tensor, attention_mask: Tensor | None, *, rows: Tensor | None, slots: Tensor | None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        *,
+        rows: Tensor | None,
+        slots: Tensor | None,
+        position_ids: Tensor | None = None,
     ) -> Tensor:
         """The last hidden states [B, T, D], after the final norm, that `logits` turns into logits; as `forward`."""
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        if position_ids is not None:
+            inputs["position_ids"] = position_ids
         with self._serve(rows, slots):
-            backbone = self.model.base_model
-            return backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+            return self.model.base_model(**inputs, use_cache=False).last_hidden_state
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of hidden states [..., D], with the cap that some models put on them.
@@ -217,12 +228,15 @@ class SteerablePolicy(nn.Module):
     ) -> None:
         """Trades compute for memory in training; a block's recomputation serves the users its forward served.
 
-        Arguments as for the model's own. Raises ValueError for reentrant checkpoints, which cannot do that.
+        Arguments as for the model's own, and among gradient_checkpointing_kwargs `keep_products` (False): keep the
+        results of matrix products and of attention, and compute only the rest of a block again, which is cheap. Raises
+        ValueError for reentrant checkpoints, which cannot serve the users.
         """
         kwargs = dict(gradient_checkpointing_kwargs or {})
+        keep_products = kwargs.pop("keep_products", False)
         if kwargs.setdefault("use_reentrant", False):
             raise ValueError("use_reentrant: expected False, got True")
-        kwargs["context_fn"] = checkpoint_contexts(self.attachment.current)
+        kwargs["context_fn"] = checkpoint_contexts(self.attachment.current, keep_products)
         # Later versions of transformers call it activation checkpointing.
         enable = getattr(self.model, "activation_checkpointing_enable", self.model.gradient_checkpointing_enable)
         enable(kwargs, **options)
