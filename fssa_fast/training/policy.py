@@ -20,6 +20,7 @@ from fssa_fast.steering.storage import WEIGHTS_NAME, load_adapter
 from fssa_fast.training.data import collate
 from fssa_fast.training.finite import NamesNaN
 from fssa_fast.training.objectives import NPDPOLoss, np_dpo, response_log_probs
+from fssa_fast.training.shared import can_share, share_prompts
 
 
 @dataclass
@@ -35,7 +36,7 @@ class NPDPOArguments(TrainingArguments):
     beta: float = 0.1
     likelihood_weight: float = 1.0
     film_learning_rate_ratio: float = 0.05
-    chunk: int = 512
+    chunk: int = 256
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -43,13 +44,24 @@ class NPDPOArguments(TrainingArguments):
 
 
 def policy_log_probs(
-    policy: SteerablePolicy, batch: dict[str, Any], rows: Tensor | None, slots: Tensor | None, chunk: int = 512
+    policy: SteerablePolicy, batch: dict[str, Any], rows: Tensor | None, slots: Tensor | None, chunk: int = 256
 ) -> Tensor:
-    """Log-probability [B] of each row's response; rows and slots as for `SteerablePolicy.hidden`, None: the base."""
-    hidden = policy.hidden(batch["input_ids"], batch["attention_mask"], rows=rows, slots=slots)
-    return response_log_probs(
-        hidden, policy.logits, batch["input_ids"], batch["response_start"], batch["response_end"], chunk=chunk
-    )
+    """Log-probability [B] of each row's response; rows and slots as for `SteerablePolicy.hidden`, None: the base.
+
+    Rows 2i and 2i + 1 that begin with one prompt, for one user, are computed together where that saves work.
+    """
+    ids, start, end = batch["input_ids"], batch["response_start"], batch["response_end"]
+    shared = None
+    if slots is not None and torch.equal(slots[0::2], slots[1::2]) and can_share(policy.model, ids.shape[1]):
+        shared = share_prompts(ids, start, end, policy.model.dtype)
+    if shared is None or slots is None:
+        hidden = policy.hidden(ids, batch["attention_mask"], rows=rows, slots=slots)
+    else:
+        together = policy.hidden(
+            shared.input_ids, shared.attention_mask, rows=rows, slots=slots[0::2], position_ids=shared.position_ids
+        )
+        hidden = shared.apart(together)
+    return response_log_probs(hidden, policy.logits, ids, start, end, chunk=chunk)
 
 
 class ReferenceCache:
