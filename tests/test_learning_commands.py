@@ -220,6 +220,10 @@ def test_a_policy_is_trained_measured_and_compared(models: Path) -> None:
     assert same.count("0.000 [0.000, 0.000] |") >= 4
     # The reward's encoder can be taken over, and then stays as it is but for the size of its latents.
     run("train", "policy", config, "--set", "reward=judge", "--set", "output=second", "--set", "training.max_steps=2")
+    opposed = ("examples.opposed=true", "examples.min_context=2", "modulation_mean=0.0", "training.max_steps=2")
+    run("train", "policy", config, "--set", "output=third", *(part for each in opposed for part in ("--set", each)))
+    with pytest.raises(ValueError, match="examples.targets: expected 1 .*got 2"):
+        run("train", "policy", config, "--set", "examples.opposed=true", "--set", "examples.targets=2")
     second = read_run(models / "second")
     assert second["config"]["reward"] == str(models / "judge")
     run("plot", policy, models / "log.png")

@@ -13,7 +13,14 @@ from tiny import EOS, LATENT, PAD, WIDTH, make_choices, make_loras, make_model, 
 from transformers import TrainerCallback
 
 from fssa_fast import Choice, EncoderConfig, SteerablePolicy, SteeringConfig
-from fssa_fast.training import NPDPOArguments, NPDPOTrainer, Preference, PreferenceData, policy_log_probs
+from fssa_fast.training import (
+    NPDPOArguments,
+    NPDPOTrainer,
+    OpposedData,
+    Preference,
+    PreferenceData,
+    policy_log_probs,
+)
 from fssa_fast.training.data import collate, encode_answer
 from fssa_fast.training.policy import ReferenceCache, np_dpo_loss, scale_steps
 
@@ -87,6 +94,36 @@ def test_contexts_and_targets_never_share_a_group() -> None:
     assert sizes == {0, 1, 2, 3} and contexts == {p.group for p in marked}
 
 
+def test_opposed_examples_are_the_two_sides_of_a_pair() -> None:
+    users = {"low": make_preferences(1), "high": make_preferences(-1)}
+    marked = {
+        name: [
+            Preference(p.prompt, p.chosen, p.rejected, p.group, torch.full((2, WIDTH), float(i)))
+            for i, p in enumerate(own)
+        ]
+        for name, own in users.items()
+    }
+    group_of_prompt = {tuple(make_tokenizer()(p.prompt)["input_ids"]): p.group for p in marked["low"]}
+    data = OpposedData(marked, make_tokenizer(), length=80, max_context=3, seed=1)
+    sizes, seen = set(), set()
+    for i in range(0, len(data), 2):
+        one, other = data[i], data[i + 1]
+        ((chosen, rejected),), ((theirs, ours),) = one["rows"], other["rows"]
+        assert (chosen, rejected) == (ours, theirs) and chosen != rejected
+        seen.add(chosen.key)
+        group = group_of_prompt[tuple(chosen.ids[: chosen.start])]
+        for example in (one, other):
+            sizes.add(len(example["pairs"]))
+            assert group not in {marked["low"][int(pair[0, 0])].group for pair in example["pairs"]}
+    assert sizes == {0, 1, 2, 3} and len(seen) > 10
+    again = OpposedData(marked, make_tokenizer(), length=80, max_context=3, seed=1)
+    assert all(again[i]["rows"] == data[i]["rows"] and torch.equal(again[i]["pairs"], data[i]["pairs"]) for i in (7, 3))
+    with pytest.raises(IndexError, match="got 80"):
+        data[80]
+    with pytest.raises(ValueError, match="users: .*opposite"):
+        OpposedData({"low": users["low"]}, make_tokenizer(), length=8)
+
+
 def test_an_example_is_a_function_of_seed_and_index() -> None:
     def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
         return torch.equal(a["pairs"], b["pairs"]) and a["rows"] == b["rows"]
@@ -115,6 +152,7 @@ def test_a_pass_over_the_data_ends() -> None:
         (lambda: PreferenceData({"a": []}, make_tokenizer(), length=1), "users: .*'a'"),
         (lambda: make_data(max_context=-1), "max_context"),
         (lambda: make_data(targets=0), "targets"),
+        (lambda: make_data(min_context=5), "min_context: .*4, got 5"),
         (
             lambda: encode_answer(make_tokenizer(), "w7 w8", "w9", True, 2),
             "prompt: expected fewer than 2 tokens, got 2",

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from fssa_fast.nn import NPBTL, ContextEncoder, pack_choices
 from fssa_fast.training import Preference
+from fssa_fast.training.fit_policy import standardize_latents
 from fssa_fast.training.objectives import np_btl
 
 from .criteria import AXES
@@ -109,12 +110,6 @@ def accuracy(
     return float((rewards[..., 0] > rewards[..., 1]).float().mean())
 
 
-@torch.no_grad()
 def standardize(encoder: ContextEncoder, users: Mapping[str, Sequence[Preference]], *, seed: int = 2) -> None:
-    """Shifts and scales the latents, in the last Linear, to mean 0 and mean square 1 over people with five choices."""
-    contexts, _ = draw_batch(users, random.Random(seed), size=512, count=5, targets=1)
-    latents = encoder.latents(*pack(contexts))
-    mean = latents.mean(0)
-    scale = (latents - mean).square().mean().sqrt()
-    encoder.outer1.bias.sub_(mean).div_(scale)
-    encoder.outer1.weight.div_(scale)
+    """Shifts and scales the latents to mean 0 and mean square 1 over people with five choices."""
+    standardize_latents(encoder, draw_batch(users, random.Random(seed), size=512, count=5, targets=1)[0])

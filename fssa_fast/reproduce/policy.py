@@ -20,17 +20,17 @@ from fssa_fast.evaluation.tables import Cell, Table
 from fssa_fast.nn import NPBTL
 from fssa_fast.reproduce.people import TASKS
 from fssa_fast.steering import EncoderConfig, LoraConfig, SteerablePolicy, SteeringConfig
-from fssa_fast.training.data import Preference, PreferenceData
+from fssa_fast.training.data import OpposedData, Preference
 from fssa_fast.training.fit import ExamplesConfig, RewardConfig, fit_reward
-from fssa_fast.training.fit_policy import standardize_latents
+from fssa_fast.training.fit_policy import some_contexts, standardize_latents
 from fssa_fast.training.policy import NPDPOArguments, NPDPOTrainer, ReferenceCache
 from fssa_fast.training.runs import last_checkpoint
 
 COUNTS = (0, 1, 3, 5, 10)
 MAX_TOKENS = 192
 TRAINING: dict[str, Any] = {
-    "max_steps": 300,
-    "per_device_train_batch_size": 4,
+    "max_steps": 160,
+    "per_device_train_batch_size": 8,
     "learning_rate": 2e-4,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 15,
@@ -39,6 +39,7 @@ TRAINING: dict[str, Any] = {
     "save_total_limit": 2,
     "beta": 0.1,
     "likelihood_weight": 0.0,
+    "train_sampling_strategy": "sequential",  # opposite sides stay in one batch; the order is drawn by the examples
 }
 
 
@@ -116,8 +117,9 @@ def _one(
     if steps is not None:
         rewards |= {"max_steps": steps, "eval_steps": steps, "warmup_steps": 0}
     reward = fit_reward(
-        RewardConfig(latent_width=task.latent_width), train, validation, folder / "reward", training=rewards,
-        examples=ExamplesConfig(max(COUNTS), 8), seed=seed,
+        # Pooled by the mean: a latent then says who the user is, and not how many choices were given.
+        RewardConfig(latent_width=task.latent_width, pooling="mean"), train, validation, folder / "reward",
+        training=rewards, examples=ExamplesConfig(max(COUNTS), 8), seed=seed,
     )  # fmt: skip
     assert isinstance(reward, NPBTL)
     tokenizer = AutoTokenizer.from_pretrained(base)
@@ -129,15 +131,17 @@ def _one(
         loras=(LoraConfig(("q_proj", "v_proj"), 16),),
     )
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
-    policy = SteerablePolicy(model, config, tokenizer=tokenizer, modulation_std=0.1)
+    policy = SteerablePolicy(
+        model, config, tokenizer=tokenizer, modulation_std=config.encoder.latent_width**-0.5, modulation_mean=0.0
+    )
     policy.encoder.load_state_dict(reward.encoder.state_dict())
-    standardize_latents(policy.encoder, users, seed=seed)
+    standardize_latents(policy.encoder, some_contexts(users, seed=seed))
     policy.encoder.requires_grad_(False)  # it knows users already; what is left to learn is how to answer them
     settings = TRAINING | ({} if steps is None else {"max_steps": steps, "warmup_steps": 0})
     args = NPDPOArguments(output_dir=str(folder), seed=seed, report_to="none", dataloader_pin_memory=False, **settings)
-    examples = PreferenceData(
-        users, tokenizer, length=args.max_steps * args.train_batch_size, max_context=max(COUNTS), targets=1,
-        max_tokens=MAX_TOKENS, seed=seed,
+    examples = OpposedData(
+        users, tokenizer, length=args.max_steps * args.train_batch_size, min_context=max(COUNTS),
+        max_context=2 * max(COUNTS), max_tokens=MAX_TOKENS, seed=seed,
     )  # fmt: skip
     reference = ReferenceCache(folder / "reference.jsonl")
     trainer = NPDPOTrainer(policy, args, examples, reference=reference)

@@ -52,11 +52,13 @@ class RewardRun:
 
 @dataclass(frozen=True)
 class PolicyExamplesConfig:
-    """The examples drawn for training a policy; see `PreferenceData`."""
+    """The examples drawn for training a policy; see `PreferenceData`, and `OpposedData` for opposed ones."""
 
+    min_context: int = 0
     max_context: int = 10
     targets: int = 1
     max_tokens: int = 256
+    opposed: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,8 @@ class PolicyRun:
     """What `fssa train policy` does.
 
     base: the base model's directory; dtype: what it is computed in. reward: a reward run whose context encoder the
-    policy takes over, and keeps as it is. latent_width: H, of a fresh encoder. training: `NPDPOArguments` by name.
+    policy takes over, and keeps as it is. latent_width: H, of a fresh encoder. modulation_std, modulation_mean: as
+    of `SteerablePolicy`. training: `NPDPOArguments` by name.
     """
 
     base: str
@@ -76,6 +79,7 @@ class PolicyRun:
     film: bool = True
     loras: tuple[LoraConfig, ...] = (LoraConfig(),)
     modulation_std: float = 0.1
+    modulation_mean: float = 1.0
     examples: PolicyExamplesConfig = field(default_factory=PolicyExamplesConfig)
     training: dict = field(default_factory=dict)
     seed: int = 0

@@ -44,13 +44,15 @@ class TargetRow:
 
 
 class PreferenceData(Dataset[dict[str, Any]]):
-    """Draws examples: a user, a context of 0 to `max_context` choices, and targets of other groups.
+    """Draws examples: a user, a context of `min_context` to `max_context` choices, and targets of other groups.
 
     Example i is a function of (seed, i) alone, so that a run resumed at any step sees what an uninterrupted one saw.
 
     Args:
         users: each user's choices, by name. tokenizer: of the base model.
-        length: how many examples an epoch has. max_context: the largest K. targets: pairs an example.
+        length: how many examples an epoch has. targets: pairs an example.
+        min_context, max_context: the smallest K, of users with as many choices, and the largest. Where the encoder is
+            not trained, a context that tells little of its user is a label that is wrong half of the time.
         max_tokens: longer rows are cut at the end.
     Raises: ValueError for no users, and for one whose choices are all of one group: nothing would be left to predict.
     """
@@ -61,6 +63,7 @@ class PreferenceData(Dataset[dict[str, Any]]):
         tokenizer: Any,
         *,
         length: int,
+        min_context: int = 0,
         max_context: int = 10,
         targets: int = 2,
         max_tokens: int = 256,
@@ -73,9 +76,11 @@ class PreferenceData(Dataset[dict[str, Any]]):
                 raise ValueError(f"users: expected choices of two groups or more for {name!r}, got one or none")
         if max_context < 0 or targets < 1:
             raise ValueError(f"max_context, targets: expected >= 0 and >= 1, got {max_context} and {targets}")
+        if not 0 <= min_context <= max_context:
+            raise ValueError(f"min_context: expected 0 to max_context = {max_context}, got {min_context}")
         self.users, self.names, self.tokenizer = dict(users), sorted(users), tokenizer
-        self.length, self.max_context, self.targets = length, max_context, targets
-        self.max_tokens, self.seed = max_tokens, seed
+        self.length, self.min_context, self.max_context = length, min_context, max_context
+        self.targets, self.max_tokens, self.seed = targets, max_tokens, seed
 
     def __len__(self) -> int:
         return self.length
@@ -95,24 +100,66 @@ class PreferenceData(Dataset[dict[str, Any]]):
         own = {groups[i] for i in order[:count]}
         context = [choice for choice in choices if choice.group in own and choice.in_context]
         others = [choice for choice in choices if choice.group not in own]
-        size = min(below(self.max_context + 1), len(context))
+        size = min(self.min_context + below(self.max_context - self.min_context + 1), len(context))
         picked = [context[i] for i in torch.randperm(len(context), generator=draw)[:size].tolist()]
         wanted = [others[i] for i in torch.randperm(len(others), generator=draw)[: self.targets].tolist()]
         # As many in every example, some of them again: a mean over a batch is then one over its parts' means.
         wanted += [others[below(len(others))] for _ in range(self.targets - len(wanted))]
+        return self._example(picked, wanted)
+
+    def _example(self, context: Sequence[Preference], targets: Sequence[Preference]) -> dict[str, Any]:
         # Which side a context's chosen option stands on carries no information: it is always the first.
         pairs = (
-            torch.stack([c.pair for c in picked])
-            if picked
-            else choices[0].pair.new_empty(0, 2, choices[0].pair.shape[1])
+            torch.stack([choice.pair for choice in context])
+            if context
+            else targets[0].pair.new_empty(0, 2, targets[0].pair.shape[1])
         )
-        return {"pairs": pairs, "rows": [self._rows(choice) for choice in wanted]}
+        return {"pairs": pairs, "rows": [self._rows(choice) for choice in targets]}
 
     def _rows(self, choice: Preference) -> tuple[TargetRow, TargetRow]:
         return (
             encode_answer(self.tokenizer, choice.prompt, choice.chosen, choice.chosen_ended, self.max_tokens),
             encode_answer(self.tokenizer, choice.prompt, choice.rejected, choice.rejected_ended, self.max_tokens),
         )
+
+
+class OpposedData(PreferenceData):
+    """Draws what users disagree on: examples 2i and 2i + 1 are of two users who chose opposite sides of one pair.
+
+    What makes an answer better for everyone cancels in a batch of an even number of examples, and what is left to learn
+    is who prefers which. Arguments as of `PreferenceData`, and one target an example.
+
+    Raises: ValueError as `PreferenceData`, and for users who disagree on nothing.
+    """
+
+    def __init__(self, users: Mapping[str, Sequence[Preference]], tokenizer: Any, **options: Any) -> None:
+        super().__init__(users, tokenizer, targets=1, **options)
+        sides: dict[tuple[str, str, str], list[tuple[str, Preference]]] = {}
+        for name in self.names:
+            for choice in self.users[name]:
+                sides.setdefault((str(choice.prompt), choice.chosen, choice.rejected), []).append((name, choice))
+        self.opposed = [
+            (one, other)
+            for (prompt, chosen, rejected), first in sides.items()
+            if chosen < rejected
+            for one in first
+            for other in sides.get((prompt, rejected, chosen), ())
+            if one[0] != other[0]
+        ]
+        if not self.opposed:
+            raise ValueError("users: expected two who chose opposite sides of a pair, got none")
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < self.length:
+            raise IndexError(f"index: expected one in [0, {self.length}), got {index}")
+        both = torch.Generator().manual_seed(self.seed * 1_000_003 + index // 2)
+        sides = self.opposed[int(torch.randint(len(self.opposed), (), generator=both))]
+        name, target = sides[index % 2]
+        draw = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
+        known = [choice for choice in self.users[name] if choice.group != target.group and choice.in_context]
+        size = int(torch.randint(self.min_context, self.max_context + 1, (), generator=draw))
+        context = [known[i] for i in torch.randperm(len(known), generator=draw)[:size].tolist()]
+        return self._example(context, [target])
 
 
 def encode_answer(tokenizer: Any, prompt: Prompt, answer: str, ended: bool, max_tokens: int) -> TargetRow:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from transformers import PrinterCallback
 
 from fssa_fast.data.choices import split_users
@@ -18,7 +19,7 @@ from fssa_fast.data.lines import DataError
 from fssa_fast.nn import NPBTL, ContextEncoder, RewardModel, pack_choices
 from fssa_fast.steering.config import ConfigError, EncoderConfig, SteeringConfig
 from fssa_fast.steering.policy import SteerablePolicy
-from fssa_fast.training.data import Preference, PreferenceData
+from fssa_fast.training.data import OpposedData, Preference, PreferenceData
 from fssa_fast.training.policy import NPDPOArguments, NPDPOTrainer, ReferenceCache
 from fssa_fast.training.runs import environment, file_hash, last_checkpoint, write_run
 
@@ -80,20 +81,24 @@ def _prompt(text: str) -> Any:
     return text
 
 
-@torch.no_grad()
-def standardize_latents(
-    encoder: ContextEncoder, users: Mapping[str, Sequence[Preference]], *, count: int = 5, seed: int = 0
-) -> None:
-    """Shifts and scales the latents, in the encoder's last Linear, to mean 0 and mean square 1 over `users` who made
-    `count` choices: the size that a policy's fresh modulator expects."""
+def some_contexts(
+    users: Mapping[str, Sequence[Preference]], *, count: int = 5, number: int = 256, seed: int = 0
+) -> list[Tensor]:
+    """About `number` contexts [K, 2, E] of `count` choices each, as many of every user."""
     draw = torch.Generator().manual_seed(seed)
     contexts = []
     for own in (users[name] for name in sorted(users)):
-        for _ in range(max(1, 256 // len(users))):
+        for _ in range(max(1, number // len(users))):
             picked = torch.randperm(len(own), generator=draw)[:count].tolist()
             contexts.append(torch.stack([own[i].pair for i in picked]))
-    packed = pack_choices(contexts, [torch.zeros(len(c), dtype=torch.long) for c in contexts])
-    latents = encoder.latents(*packed)
+    return contexts
+
+
+@torch.no_grad()
+def standardize_latents(encoder: ContextEncoder, contexts: Sequence[Tensor]) -> None:
+    """Shifts and scales the latents, in the encoder's last Linear, to mean 0 and mean square 1 over contexts
+    [K, 2, E] whose chosen options come first: the size that a policy's fresh modulator expects."""
+    latents = encoder.latents(*pack_choices(contexts, [torch.zeros(len(c), dtype=torch.long) for c in contexts]))
     mean = latents.mean(0)
     scale = (latents - mean).square().mean().sqrt()
     width = encoder.latent_width  # a sampled latent's deviation scales with it, but goes through softplus: left alone
@@ -109,6 +114,8 @@ def fit_policy(config: PolicyRun, *, resume: bool = False, quiet: bool = False) 
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    if config.examples.opposed and config.examples.targets != 1:
+        raise ConfigError(f"examples.targets: expected 1 for opposed examples, got {config.examples.targets}")
     embedder = config.data.load_embedder()
     if embedder is None:
         raise ConfigError("data.embedder: expected the path of a text encoder, got none")
@@ -134,23 +141,23 @@ def fit_policy(config: PolicyRun, *, resume: bool = False, quiet: bool = False) 
         tokenizer=AutoTokenizer.from_pretrained(config.base),
         embedder=embedder,
         modulation_std=config.modulation_std,
+        modulation_mean=config.modulation_mean,
     )
     if encoder is not None:
         policy.encoder.load_state_dict(encoder.state_dict())
-        standardize_latents(policy.encoder, train, seed=config.seed)
+        standardize_latents(policy.encoder, some_contexts(train, seed=config.seed))
         policy.encoder.requires_grad_(False)
+    drawn = config.examples
     settings = {**DEFAULTS, "disable_tqdm": quiet, **config.training}
+    if drawn.opposed:  # the two sides of a pair stay in one batch; the order is drawn by the examples
+        settings = {"train_sampling_strategy": "sequential", **settings}
     args = NPDPOArguments(output_dir=config.output, seed=config.seed, **settings)
     length = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    data = PreferenceData(
-        train,
-        policy.tokenizer,
-        length=length,
-        max_context=config.examples.max_context,
-        targets=config.examples.targets,
-        max_tokens=config.examples.max_tokens,
-        seed=config.seed,
-    )
+    options: dict[str, Any] = {name: value for name, value in asdict(drawn).items() if name != "opposed"}
+    if drawn.opposed:
+        del options["targets"]  # one
+    kind = OpposedData if drawn.opposed else PreferenceData
+    data = kind(train, policy.tokenizer, length=length, seed=config.seed, **options)
     record = {
         "what": "policy",
         "config": asdict(config),
