@@ -22,19 +22,18 @@ from statistics import mean, stdev
 from typing import Any
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from fssa_fast import BASE, Choice, SteerablePolicy, TextEmbedder
 
+from .answers import answer
 from .base import load_base, load_embedder
 from .choices import Pair, pairs_of
-from .criteria import AXES, Axis, distinct_2, foreign_share, log_likelihood, measure, words
+from .criteria import AXES, Axis, distinct_2, foreign_share, measure, words
 from .prompts import prompts
-from .sample import TEMPERATURE, TOP_P, read_samples
+from .sample import read_samples
 
 COUNTS = (1, 3, 5, 10)
 POINTS = 7
-MAX_TOKENS = 192
 
 
 @dataclass(frozen=True)
@@ -87,40 +86,14 @@ def answer_all(
     policy: SteerablePolicy, requests: Sequence[tuple[str, int | None, str, str]], *, batch: int, seed: int
 ) -> list[Answer]:
     """Answers (group, choices, prompt, user) requests, users mixed in every batch; BASE is asked every prompt."""
-    order = list(range(len(requests)))
-    random.Random(seed).shuffle(order)
-    texts: dict[int, tuple[str, bool]] = {}
-    tokenizer = policy.tokenizer
-    with policy.engine(max_rows=batch, max_tokens=320 * batch, background=False) as engine:
-        for start in tqdm(range(0, len(order), 4 * batch), desc="answering", unit=f"x{4 * batch}"):
-            part = order[start : start + 4 * batch]
-            results = engine.run(
-                [
-                    {
-                        "prompt": [{"role": "user", "content": requests[i][2]}],
-                        "user": requests[i][3],
-                        "max_new_tokens": MAX_TOKENS,
-                        "temperature": TEMPERATURE,
-                        "top_p": TOP_P,
-                        "seed": seed * len(requests) + i,
-                    }
-                    for i in part
-                ]
-            )
-            for i, result in zip(part, results, strict=True):
-                texts[i] = (result.text or "").strip(), result.reason == "end"
-    policy.unfuse()
-    likelihoods = log_likelihood(
-        policy.model, tokenizer, [request[2] for request in requests], [texts[i][0] for i in range(len(requests))]
-    )
-    plain = {request[2]: words(texts[i][0]) for i, request in enumerate(requests) if request[3] == BASE}
+    answers = answer(policy, [(prompt, user) for _, _, prompt, user in requests], rows=batch, seed=seed)
+    plain = {prompt: words(a.text) for (_, _, prompt, user), a in zip(requests, answers, strict=True) if user == BASE}
     return [
         Answer(
-            group, count, prompt, *texts[i], likelihoods[i], distinct_2(texts[i][0]),
-            distinct_2(" ".join(plain[prompt][: len(words(texts[i][0]))])),
-            foreign_share(prompt, texts[i][0]), measure(texts[i][0]),
+            group, count, prompt, a.text, a.ended, a.log_likelihood, distinct_2(a.text),
+            distinct_2(" ".join(plain[prompt][: len(words(a.text))])), foreign_share(prompt, a.text), measure(a.text),
         )
-        for i, (group, count, prompt, _) in enumerate(requests)
+        for (group, count, prompt, _), a in zip(requests, answers, strict=True)
     ]  # fmt: skip
 
 

@@ -15,11 +15,12 @@ from pathlib import Path
 
 from fssa_fast import Choice, SteerablePolicy, TextEmbedder
 
+from .answers import answer
 from .base import load_base, load_embedder
 from .choices import pairs_of
-from .criteria import KINDS, log_likelihood
+from .criteria import KINDS
 from .prompts import prompts
-from .sample import TEMPERATURE, TOP_P, read_samples
+from .sample import read_samples
 
 CHOICES = 10
 
@@ -38,35 +39,19 @@ def resample(
             users[f"{kind} {topic}"] = [Choice(pair.chosen, pair.rejected, pair.prompt) for pair in picked]
     policy.users.add_many(users)
     wanted = [(kind, prompt) for prompt in asked for kind in KINDS]
-    with policy.engine(max_rows=64, max_tokens=64 * 320, background=False) as engine:
-        results = engine.run(
-            [
-                {
-                    "prompt": [{"role": "user", "content": prompt.text}],
-                    "user": f"{kind} {prompt.topic}",
-                    "max_new_tokens": 192,
-                    "temperature": TEMPERATURE,
-                    "top_p": TOP_P,
-                    "seed": seed * len(wanted) + place,
-                }
-                for place, (kind, prompt) in enumerate(wanted)
-            ]
-        )
-    policy.unfuse()
-    texts = [(result.text or "").strip() for result in results]
-    likelihoods = log_likelihood(policy.model, policy.tokenizer, [prompt.text for _, prompt in wanted], texts)
+    answers = answer(policy, [(prompt.text, f"{kind} {prompt.topic}") for kind, prompt in wanted], seed=seed)
     with Path(out).open("w", encoding="utf-8") as lines:
-        for place, ((kind, prompt), result) in enumerate(zip(wanted, results, strict=True)):
+        for place, ((kind, prompt), answered) in enumerate(zip(wanted, answers, strict=True)):
             record = {
                 "id": f"{kind} {seed} {place}",
                 "split": "train",
                 "topic": prompt.topic,
                 "wording": prompt.wording,
                 "prompt": prompt.text,
-                "response": texts[place],
-                "ended": result.reason == "end",
+                "response": answered.text,
+                "ended": answered.ended,
                 "kind": kind,
-                "log_likelihood": likelihoods[place],
+                "log_likelihood": answered.log_likelihood,
             }
             lines.write(json.dumps(record, ensure_ascii=False) + "\n")
 
