@@ -17,7 +17,8 @@ def environment() -> str:
     lines = [
         ("fssa_fast", __version__),
         ("python", platform.python_version()),
-        *((name, _version(name)) for name in ("torch", "transformers", "triton", "peft", "flash-attn")),
+        *((name, _version(name)) for name in ("torch", "transformers", "triton", "peft")),
+        ("flash-attn", _version("flash-attn", "not installed: attention is PyTorch's, and our own when fused")),
         ("platform", f"{platform.platform()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads"),
         ("gpu", torch.cuda.get_device_name() if torch.cuda.is_available() else "none"),
         ("FSSA_BACKEND", os.environ.get("FSSA_BACKEND", "not set (auto)")),
@@ -27,8 +28,8 @@ def environment() -> str:
     return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
 
 
-def _version(package: str) -> str:
+def _version(package: str, without: str = "not installed") -> str:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+        return without
