@@ -325,8 +325,15 @@ class Gradients(TrainerCallback):
         self.steps.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
 
 
-@pytest.mark.parametrize("checkpointed", [False, True])
-def test_accumulated_gradients_are_those_of_the_whole_batch(checkpointed: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "checkpointed",
+    [
+        {},
+        {"gradient_checkpointing": True},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"keep_products": True}},
+    ],
+)
+def test_accumulated_gradients_are_those_of_the_whole_batch(checkpointed: dict[str, Any], tmp_path: Path) -> None:
     def gradients(batch: int, accumulated: int, **options: Any) -> dict[str, torch.Tensor]:
         policy, seen = train_policy(), Gradients()
         policy.encoder.dropout = 0.0
@@ -346,7 +353,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(checkpointed: bool, 
         return seen.steps[0]
 
     whole = gradients(2, 1)
-    parts = gradients(1, 2, gradient_checkpointing=checkpointed)
+    parts = gradients(1, 2, **checkpointed)
     assert set(whole) == set(parts) and any(g.abs().max() > 1e-4 for g in whole.values())
     for name, wanted in whole.items():
         torch.testing.assert_close(parts[name], wanted, rtol=1e-3, atol=1e-6)
