@@ -32,6 +32,7 @@ class Task:
     training: dict[str, Any]
     examples: ExamplesConfig
     latent_width: int = 64
+    pooling: Literal["self-attention", "mean"] = "self-attention"  # of the encoders
     components: int | None = None  # of the linear baseline
     compress: int | None = None  # principal components of the options that every model sees
     simulated: int = 0  # users drawn from the linear baseline that join the training users
@@ -93,6 +94,7 @@ TASKS: dict[str, tuple[Task, ...]] = {
             {**TEXT, "embedding_noise": 0.3, "max_steps": 400, "eval_steps": 50},
             ExamplesConfig(30, 32),
             latent_width=32,
+            pooling="mean",  # a latent then says who the user is, and not how many choices were given
             compress=32,
             repeats=200,
             by_example=True,
@@ -191,9 +193,11 @@ def _fit(task: Task, parts: Parts, runs: Path, seed: int, steps: int | None) -> 
         "BTL": (RewardConfig("btl", width), {}, train),
         "DPL": (RewardConfig("dpl", width), {}, train),
         "variational (VPL-style)": (
-            RewardConfig(latent_width=width, sampled=True), {"bound": "variational", "kl_weight": 0.01}, train
+            RewardConfig(latent_width=width, sampled=True, pooling=task.pooling),
+            {"bound": "variational", "kl_weight": 0.01},
+            train,
         ),
-        "NP-BTL": (RewardConfig(latent_width=width), {}, taught),
+        "NP-BTL": (RewardConfig(latent_width=width, pooling=task.pooling), {}, taught),
     }  # fmt: skip
     found: dict[str, Predictor] = {LINEAR: linear.predict}
     for name, (config, extra, data) in models.items():

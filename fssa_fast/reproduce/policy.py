@@ -117,8 +117,7 @@ def _one(
     if steps is not None:
         rewards |= {"max_steps": steps, "eval_steps": steps, "warmup_steps": 0}
     reward = fit_reward(
-        # Pooled by the mean: a latent then says who the user is, and not how many choices were given.
-        RewardConfig(latent_width=task.latent_width, pooling="mean"), train, validation, folder / "reward",
+        RewardConfig(latent_width=task.latent_width, pooling=task.pooling), train, validation, folder / "reward",
         training=rewards, examples=ExamplesConfig(max(COUNTS), 8), seed=seed,
     )  # fmt: skip
     assert isinstance(reward, NPBTL)
