@@ -17,7 +17,8 @@ def environment() -> str:
     lines = [
         ("fssa_fast", __version__),
         ("python", platform.python_version()),
-        *((name, _version(name)) for name in ("torch", "transformers", "triton", "peft")),
+        ("torch", torch.__version__),  # which build, too; the package's metadata may leave that out
+        *((name, _version(name)) for name in ("transformers", "triton", "peft")),
         ("flash-attn", _version("flash-attn", "not installed: attention is PyTorch's, and our own when fused")),
         ("platform", f"{platform.platform()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads"),
         ("gpu", torch.cuda.get_device_name() if torch.cuda.is_available() else "none"),
