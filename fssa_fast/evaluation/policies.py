@@ -85,7 +85,7 @@ def implicit_margins(
         part = collate(rows[begin : begin + batch], pad)
         latents = policy.encoder.latents(part["pairs"], part["choices"], part["offsets"])
         ours = policy_log_probs(policy, part, policy.rows(latents), part["slots"])
-        gain = (ours - reference.log_probs(policy, part, 256).to(ours)).view(-1, 2)
+        gain = (ours - reference.log_probs(policy, part).to(ours)).view(-1, 2)
         margins += (gain[:, 0] - gain[:, 1]).double().tolist()
     ends = np.cumsum([len(example.targets) for example in examples])[:-1]
     return [np.array(part) for part in np.split(np.array(margins), ends)]

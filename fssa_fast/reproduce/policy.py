@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 
 from fssa_fast.data.choices import ChoiceData
+from fssa_fast.data.lines import json_lines
 from fssa_fast.data.people import helpful_harmless
 from fssa_fast.evaluation.policies import held_out, implicit_margins
 from fssa_fast.evaluation.rewards import Floats, interval
@@ -85,8 +85,7 @@ def reproduce(
         base: the base model's directory. data: that of the relabelled pairs.
         runs: where run directories go, and are gone on from; None keeps none. steps: of training the policy.
     """
-    with (Path(data) / "pairs.jsonl").open(encoding="utf-8") as file:
-        lines = [json.loads(line) for line in file]
+    lines = [line for _, line in json_lines(Path(data) / "pairs.jsonl")]
     shares: dict[str, dict[int, list[Floats]]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         for seed in seeds:

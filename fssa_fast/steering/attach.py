@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -187,8 +187,6 @@ def checkpoint_contexts(current: CurrentUsers, keep_products: bool) -> Callable[
 
 
 @contextmanager
-def _within(*contexts: Any) -> Iterator[None]:
-    with ExitStack() as stack:
-        for context in contexts:
-            stack.enter_context(context)
+def _within(outer: Any, inner: Any) -> Iterator[None]:
+    with outer, inner:
         yield

@@ -86,9 +86,7 @@ class PreferenceData(Dataset[dict[str, Any]]):
         return self.length
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        if not 0 <= index < self.length:
-            raise IndexError(f"index: expected one in [0, {self.length}), got {index}")
-        draw = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
+        draw = self._draw(index)
 
         def below(count: int) -> int:
             return int(torch.randint(count, (), generator=draw))
@@ -106,6 +104,11 @@ class PreferenceData(Dataset[dict[str, Any]]):
         # As many in every example, some of them again: a mean over a batch is then one over its parts' means.
         wanted += [others[below(len(others))] for _ in range(self.targets - len(wanted))]
         return self._example(picked, wanted)
+
+    def _draw(self, index: int) -> torch.Generator:
+        if not 0 <= index < self.length:
+            raise IndexError(f"index: expected one in [0, {self.length}), got {index}")
+        return torch.Generator().manual_seed(self.seed * 1_000_003 + index)
 
     def _example(self, context: Sequence[Preference], targets: Sequence[Preference]) -> dict[str, Any]:
         # Which side a context's chosen option stands on carries no information: it is always the first.
@@ -150,12 +153,9 @@ class OpposedData(PreferenceData):
             raise ValueError("users: expected two who chose opposite sides of a pair, got none")
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        if not 0 <= index < self.length:
-            raise IndexError(f"index: expected one in [0, {self.length}), got {index}")
-        both = torch.Generator().manual_seed(self.seed * 1_000_003 + index // 2)
+        draw, both = self._draw(index), self._draw(index // 2)
         sides = self.opposed[int(torch.randint(len(self.opposed), (), generator=both))]
         name, target = sides[index % 2]
-        draw = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
         known = [choice for choice in self.users[name] if choice.group != target.group and choice.in_context]
         size = int(torch.randint(self.min_context, self.max_context + 1, (), generator=draw))
         context = [known[i] for i in torch.randperm(len(known), generator=draw)[:size].tolist()]

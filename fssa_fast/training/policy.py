@@ -96,7 +96,7 @@ class ReferenceCache:
                 file.write(f"\n{json.dumps([key, value])}\n")
 
     @torch.no_grad()
-    def log_probs(self, policy: SteerablePolicy, batch: dict[str, Any], chunk: int) -> Tensor:
+    def log_probs(self, policy: SteerablePolicy, batch: dict[str, Any], chunk: int = 256) -> Tensor:
         """[B]; runs the base model, in evaluation mode, on the rows not seen before.
 
         Each row by itself, without padding: a resumed run, whose batches meet other rows first, gets the same numbers.
