@@ -35,6 +35,16 @@ def one_of_each() -> list[str]:
 
 
 @contextmanager
+def unwritten_is_nan() -> Iterator[None]:
+    """New memory is full of NaN: what an op leaves unwritten is found, and is never an earlier result of it."""
+    torch.use_deterministic_algorithms(True, warn_only=True)  # whose `fill_uninitialized_memory` does it
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@contextmanager
 def running(backend: str) -> Iterator[None]:
     """Runs the ops of this block on one of `backends()`, or on the definitions ("reference")."""
     name, _, isa = backend.partition("-")
@@ -43,7 +53,7 @@ def running(backend: str) -> Iterator[None]:
     try:
         if isa:
             cpu.set_isa(isa)
-        with use_backend(name):
+        with use_backend(name), unwritten_is_nan():
             yield
     finally:
         if isa:
