@@ -40,13 +40,25 @@ def store(at, value, mask):
 
 
 @triton.jit
-def accumulate(total, x_rows, w_rows, x_mask, w_mask, size, RELU: tl.constexpr, BLOCK_K: tl.constexpr):
+def softplus(x):
+    """log(1 + exp(x)); a series where 1 + exp(-|x|) would drop too many bits."""
+    y = tl.exp(-tl.abs(x))
+    log1p = tl.where(y < 0.01, y * (1 - y * (0.5 - y * (0.3333333333 - y * 0.25))), tl.log(1 + y))
+    return tl.maximum(x, 0.0) + log1p
+
+
+@triton.jit
+def accumulate(
+    total, x_rows, w_rows, x_mask, w_mask, size, RELU: tl.constexpr, BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr = None,
+):  # fmt: skip
     """`total[m, n] + sum_k x[m, k] * w[n, k]` for k < size; x_rows and w_rows point at the rows' first elements.
 
     K is walked in steps of BLOCK_K, in order, for every tile alike. With fewer than 64 rows a tile every NVIDIA chip
-    takes its warp-level tensor-core instruction, so an element's bits do not depend on the tile's height.
+    takes its warp-level tensor-core instruction, so an element's bits do not depend on the tile's height. STAGES of the
+    walk are under way at once; None: as many as of the kernel's other loops.
     """
-    for start in range(0, size, BLOCK_K):
+    for start in tl.range(0, size, BLOCK_K, num_stages=STAGES):
         k = start + tl.arange(0, BLOCK_K)
         inside = k < size
         w = tl.load(w_rows[None, :] + k[:, None], mask=w_mask[None, :] & inside[:, None], other=0.0)

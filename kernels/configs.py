@@ -15,6 +15,8 @@ import torch
 from fssa_fast.kernels.common import power_of_two
 
 WIDEST_NORM = 65536  # film_norm holds a row in registers
+WIDEST_FEW = 256  # context_few holds a tile of h in registers
+LOG2E = 1.4426950408889634
 
 
 def _wide(dtype: torch.dtype) -> bool:
@@ -127,6 +129,22 @@ def attention_tile(depth: int, dtype: torch.dtype) -> AttentionTile:
     if _wide(dtype):
         return AttentionTile(32, 32, 8)
     return AttentionTile(64, power_of_two(depth, 16, 64), 8)
+
+
+class FewTile(NamedTuple):
+    width: int
+    columns: int  # of a weight, at a time
+    step: int
+    stages: int  # of the walk along E
+    depth: int  # of a head, at a time
+    warps: int
+
+
+def few_tile(width: int, dtype: torch.dtype) -> FewTile | None:
+    """Contexts of few pairs: a user's whole h is a tile. None where it would not fit in registers."""
+    if _wide(dtype) or width > WIDEST_FEW:
+        return None
+    return FewTile(power_of_two(width, 16, WIDEST_FEW), 32, 64, 2, 16, 8)
 
 
 class AttendTile(NamedTuple):

@@ -1,4 +1,8 @@
-"""context: from choices to latents to rows of the bank, in at most five launches.
+"""context: from choices to latents to rows of the bank.
+
+Users of few pairs take two launches: that of `fssa_fast.kernels.context_few`, and the last of those below. The others
+take all five; so does everyone where the encoder is too wide for that or its numbers are float32. Which way a user goes
+follows its own number of pairs and the widths, never the other users.
 
 1. encode: pairs to h, and for attention to queries, keys and values. A choice picks the row that is read.
 2. statistics: log of the softmax's denominator a query; only where a user may have more pairs than one tile holds.
@@ -26,10 +30,9 @@ import triton.language as tl
 from torch import Tensor
 
 from fssa_fast.kernels import configs
-from fssa_fast.kernels.common import accumulate, as_rows, dot, narrow, store
+from fssa_fast.kernels.common import accumulate, as_rows, dot, narrow, softplus, store
+from fssa_fast.kernels.context_few import FEW, encode_few
 from fssa_fast.ops.context import ContextWeights
-
-LOG2E = 1.4426950408889634
 
 
 @triton.jit
@@ -48,14 +51,48 @@ def _linear(
 
 
 @triton.jit
+def _user_of_tile(offsets_ptr, users, tile, PAIRS: tl.constexpr):
+    """The last user whose first tile is not after this one; see the module's docstring."""
+    low = tile * 0
+    high = low + users
+    while high - low > 1:
+        middle = (low + high) // 2
+        first = tl.load(offsets_ptr + middle).to(tl.int32) // PAIRS + middle
+        low = tl.where(first <= tile, middle, low)
+        high = tl.where(first <= tile, high, middle)
+    return low
+
+
+@triton.jit
+def _span_of_tile(offsets_ptr, users, tile, PAIRS: tl.constexpr):
+    """The tile's user, the user's first and last pair (exclusive), and the tile's first pair."""
+    user = _user_of_tile(offsets_ptr, users, tile, PAIRS)
+    first = tl.load(offsets_ptr + user).to(tl.int64)
+    last = tl.load(offsets_ptr + user + 1).to(tl.int64)
+    begin = first + (tile - user - (first // PAIRS).to(tl.int32)) * PAIRS
+    return user, first, last, begin
+
+
+@triton.jit
 def context_encode_kernel(
-    pairs_ptr, choices_ptr, inner0_ptr, inner0_bias_ptr, inner1_ptr, inner1_bias_ptr, qkv_w_ptr, qkv_bias_ptr,
-    first_ptr, h_ptr, qkv_ptr, count, embedding, width, pair_stride, option_stride,
-    MLP: tl.constexpr, ATTENTION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
+    pairs_ptr, choices_ptr, offsets_ptr, inner0_ptr, inner0_bias_ptr, inner1_ptr, inner1_bias_ptr, qkv_w_ptr,
+    qkv_bias_ptr, first_ptr, h_ptr, qkv_ptr, users, count, limit, embedding, width, pair_stride, option_stride,
+    MLP: tl.constexpr, ATTENTION: tl.constexpr, BY_USER: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    STEP: tl.constexpr,
 ):  # fmt: skip
-    """Program (pairs): first = inner0 [chosen ; rejected]; h = inner1 relu(first) or first itself; qkv of h."""
-    m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    met = m < count
+    """Program (pairs): first = inner0 [chosen ; rejected]; h = inner1 relu(first) or first itself; qkv of h.
+
+    BY_USER, the pairs are a tile of a user's, and users of `limit` pairs or fewer are left out.
+    """
+    if BY_USER:
+        user, first, last, begin = _span_of_tile(offsets_ptr, users, tl.program_id(0), ROWS)
+        if (begin >= last) | (last - first <= limit):
+            return
+        m = begin + tl.arange(0, ROWS)
+        met = m < last
+    else:
+        m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        met = m < count
     choice = tl.load(choices_ptr + m, mask=met, other=0).to(tl.int64)
     chosen = pairs_ptr + m * pair_stride + choice * option_stride
     rejected = pairs_ptr + m * pair_stride + (1 - choice) * option_stride
@@ -83,31 +120,8 @@ def context_encode_kernel(
 
 
 @triton.jit
-def _user_of_tile(offsets_ptr, users, tile, PAIRS: tl.constexpr):
-    """The last user whose first tile is not after this one; see the module's docstring."""
-    low = tile * 0
-    high = low + users
-    while high - low > 1:
-        middle = (low + high) // 2
-        first = tl.load(offsets_ptr + middle).to(tl.int32) // PAIRS + middle
-        low = tl.where(first <= tile, middle, low)
-        high = tl.where(first <= tile, high, middle)
-    return low
-
-
-@triton.jit
-def _span_of_tile(offsets_ptr, users, tile, PAIRS: tl.constexpr):
-    """The tile's user, the user's first and last pair (exclusive), and the tile's first pair."""
-    user = _user_of_tile(offsets_ptr, users, tile, PAIRS)
-    first = tl.load(offsets_ptr + user).to(tl.int64)
-    last = tl.load(offsets_ptr + user + 1).to(tl.int64)
-    begin = first + (tile - user - (first // PAIRS).to(tl.int32)) * PAIRS
-    return user, first, last, begin
-
-
-@triton.jit
 def context_statistics_kernel(
-    qkv_ptr, weights_ptr, offsets_ptr, norms_ptr, means_ptr, users, width, depth, heads, exponent,
+    qkv_ptr, weights_ptr, offsets_ptr, norms_ptr, means_ptr, users, limit, width, depth, heads, exponent,
     BACKWARD: tl.constexpr, PAIRS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of queries, head): log2 of the softmax's denominator, exponents in base 2; norms [N, heads].
@@ -118,7 +132,7 @@ def context_statistics_kernel(
     user, first, last, begin = _span_of_tile(offsets_ptr, users, tl.program_id(0), PAIRS)
     wanted = begin < last
     if not BACKWARD:
-        wanted = wanted & (last - first > PAIRS)
+        wanted = wanted & (last - first > PAIRS) & (last - first > limit)
     if wanted:
         query = begin + tl.arange(0, PAIRS)
         q_rows = qkv_ptr + query * (3 * width) + head * depth
@@ -145,14 +159,14 @@ def context_statistics_kernel(
 
 @triton.jit
 def context_pool_kernel(
-    qkv_ptr, offsets_ptr, norms_ptr, parts_ptr, users, width, depth, heads, exponent,
+    qkv_ptr, offsets_ptr, norms_ptr, parts_ptr, users, limit, width, depth, heads, exponent,
     PAIRS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile of keys, head): parts[tile, head] = sum_j (sum_i p_ij) v_j."""
+    """Program (tile of keys, head): parts[tile, head] = sum_j (sum_i p_ij) v_j; of users of more than `limit` pairs."""
     tile = tl.program_id(0)
     head = tl.program_id(1)
     user, first, last, begin = _span_of_tile(offsets_ptr, users, tile, PAIRS)
-    if begin < last:
+    if (begin < last) & (last - first > limit):
         key = begin + tl.arange(0, PAIRS)
         k_rows = qkv_ptr + key * (3 * width) + width + head * depth
         column = tl.zeros([PAIRS], tl.float32)
@@ -178,12 +192,14 @@ def context_pool_kernel(
 
 
 @triton.jit
-def context_sum_kernel(h_ptr, offsets_ptr, parts_ptr, users, width, PAIRS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Program (tile, columns): parts[tile] = sum of the tile's h."""
+def context_sum_kernel(
+    h_ptr, offsets_ptr, parts_ptr, users, limit, width, PAIRS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """Program (tile, columns): parts[tile] = sum of the tile's h; of users of more than `limit` pairs."""
     tile = tl.program_id(0)
     n = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     user, first, last, begin = _span_of_tile(offsets_ptr, users, tile, PAIRS)
-    if begin < last:
+    if (begin < last) & (last - first > limit):
         row = begin + tl.arange(0, PAIRS)
         mask = (row < last)[:, None] & (n < width)[None, :]
         h = tl.load(h_ptr + row[:, None] * width + n[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -193,18 +209,21 @@ def context_sum_kernel(h_ptr, offsets_ptr, parts_ptr, users, width, PAIRS: tl.co
 @triton.jit
 def context_outer_kernel(
     parts_ptr, offsets_ptr, out_w_ptr, out_bias_ptr, outer0_ptr, outer0_bias_ptr, outer1_ptr, outer1_bias_ptr,
-    noise_ptr, pooled_ptr, joined_ptr, first_ptr, encoded_ptr, users, width, encoded_width, noise_stride,
+    noise_ptr, pooled_ptr, joined_ptr, first_ptr, encoded_ptr, users, limit, width, encoded_width, noise_stride,
     ATTENTION: tl.constexpr, MEAN: tl.constexpr, NOISE: tl.constexpr,
     PAIRS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """Program (users): pooled = sum of the user's parts; joined = out(pooled); encoded = outer(joined).
 
-    Of the encoded only the first encoded_width columns; with NOISE the latent, mean + softplus(s) * noise.
+    Of the encoded only the first encoded_width columns; with NOISE the latent, mean + softplus(s) * noise. A program
+    none of whose users has more than `limit` pairs does nothing; in others, what users with fewer get means nothing.
     """
     m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     met = m < users
     begin = tl.load(offsets_ptr + m, mask=met, other=0).to(tl.int64)
     count = tl.load(offsets_ptr + m + 1, mask=met, other=0).to(tl.int64) - begin
+    if tl.max(tl.where(met, count, -1)) <= limit:
+        return
     tiles = (count + PAIRS - 1) // PAIRS
     most = tl.max(tiles)
     for start in range(0, width, COLUMNS):
@@ -250,16 +269,8 @@ def context_outer_kernel(
             s = accumulate(s, x_rows, s_rows, met, inside, width, True, STEP)
             s += tl.load(outer1_bias_ptr + encoded_width + n, mask=inside, other=0.0).to(tl.float32)[None, :]
             noise = tl.load(noise_ptr + m[:, None] * noise_stride + n[None, :], mask=mask, other=0.0)
-            total += _softplus(s) * noise.to(tl.float32)
+            total += softplus(s) * noise.to(tl.float32)
         store(encoded_ptr + m[:, None] * encoded_width + n[None, :], total, mask)
-
-
-@triton.jit
-def _softplus(x):
-    """log(1 + exp(x)); a series where 1 + exp(-|x|) would drop too many bits."""
-    y = tl.exp(-tl.abs(x))
-    log1p = tl.where(y < 0.01, y * (1 - y * (0.5 - y * (0.3333333333 - y * 0.25))), tl.log(1 + y))
-    return tl.maximum(x, 0.0) + log1p
 
 
 @triton.jit
@@ -363,21 +374,60 @@ class _Encoded(NamedTuple):
     pooled: Tensor  # [U, H]
     joined: Tensor  # [U, H], pooled after the output projection; itself where there is no attention
     outer: Tensor  # [U, H], outer0's output
-    encoded: Tensor  # [U, Z], or the latents [U, H]
 
 
-def _encode(
+class _Call(NamedTuple):
+    """The arguments of a call, as the kernels take them."""
+
+    pairs: Tensor
+    choices: Tensor
+    offsets: Tensor
+    weights: ContextWeights
+    longest: int  # pairs a user has at most
+    inner: str
+    pooling: str
+    heads: int
+
+
+def _call(
     pairs: Tensor, choices: Tensor, offsets: Tensor, weights: Sequence[Tensor | None], inner: str, pooling: str,
-    heads: int, latent: bool, noise: Tensor | None,
-) -> _Encoded:  # fmt: skip
-    """Launches 1 to 4; `latent` asks for the latents rather than what the outer encoder gives."""
-    w = ContextWeights(*(None if t is None else t.contiguous() for t in weights))
-    users, width = offsets.shape[0] - 1, w.inner0.shape[0]
-    longest = int(offsets.diff().max()) if offsets.device.type == "cpu" and users else len(pairs)
-    offsets = offsets.to(pairs.device).contiguous()
-    pairs = pairs if pairs.stride(2) == 1 else pairs.contiguous()
+    heads: int,
+) -> _Call:  # fmt: skip
+    longest = int(offsets.diff().max()) if offsets.device.type == "cpu" and len(offsets) > 1 else len(pairs)
     choices = choices.contiguous()
-    choices = choices.view(torch.uint8) if choices.dtype == torch.bool else choices
+    return _Call(
+        pairs if pairs.stride(2) == 1 else pairs.contiguous(),
+        choices.view(torch.uint8) if choices.dtype == torch.bool else choices,
+        offsets.to(pairs.device).contiguous(),
+        ContextWeights(*(None if t is None else t.contiguous() for t in weights)),
+        longest, inner, pooling, heads,
+    )  # fmt: skip
+
+
+def _forward(call: _Call, latent: bool, noise: Tensor | None) -> Tensor:
+    """What the outer encoder gives [U, Z], or the latents [U, H]."""
+    w = call.weights
+    users, encoded_width = len(call.offsets) - 1, w.outer1.shape[0]
+    width = w.inner0.shape[0]
+    encoded = call.pairs.new_empty(users, width if latent else encoded_width)
+    sampled = latent and noise is not None and encoded_width == 2 * width
+    noise = as_rows(noise) if sampled and noise is not None else None
+    if not users:
+        return encoded
+    tile = configs.few_tile(width, encoded.dtype)
+    if tile is None or call.longest > FEW:
+        _encode(call, encoded, noise, -1 if tile is None else FEW)
+    if tile is not None:  # last: what the other way leaves of users of few pairs is written over
+        encode_few(
+            tile, encoded, call.pairs, call.choices, call.offsets, w, call.inner, call.pooling, call.heads, noise
+        )  # fmt: skip
+    return encoded
+
+
+def _encode(call: _Call, encoded: Tensor, noise: Tensor | None, limit: int) -> _Encoded:
+    """Launches 1 to 4, for users of more than `limit` pairs: fills `encoded`."""
+    pairs, choices, offsets, w, longest, inner, pooling, heads = call
+    users, width = offsets.shape[0] - 1, w.inner0.shape[0]
     count, _, embedding = pairs.shape
     attention = pooling == "self-attention"
 
@@ -386,10 +436,12 @@ def _encode(
     qkv = pairs.new_empty(count, 3 * width) if attention else h
     if count:
         step = configs.linear_tile(count, width, pairs.dtype)
-        context_encode_kernel[(triton.cdiv(count, step.rows),)](
-            pairs, choices, w.inner0, w.inner0_bias, w.inner1, w.inner1_bias, w.qkv, w.qkv_bias, first, h, qkv,
-            count, embedding, width, pairs.stride(0), pairs.stride(1), MLP=inner == "mlp", ATTENTION=attention,
-            ROWS=step.rows, COLUMNS=step.columns, STEP=step.step, num_warps=step.warps, num_stages=step.stages,
+        by_user = limit >= 0
+        context_encode_kernel[(count // step.rows + users if by_user else triton.cdiv(count, step.rows),)](
+            pairs, choices, offsets, w.inner0, w.inner0_bias, w.inner1, w.inner1_bias, w.qkv, w.qkv_bias, first, h, qkv,
+            users, count, limit, embedding, width, pairs.stride(0), pairs.stride(1), MLP=inner == "mlp",
+            ATTENTION=attention, BY_USER=by_user, ROWS=step.rows, COLUMNS=step.columns, STEP=step.step,
+            num_warps=step.warps, num_stages=step.stages,
         )  # fmt: skip
 
     depth = width // heads if attention else width
@@ -397,7 +449,7 @@ def _encode(
     tiles = count // tile.pairs + users
     parts = pairs.new_empty(tiles, width, dtype=torch.float32)
     if count and users and attention:
-        shape = (users, width, depth, heads, LOG2E * depth**-0.5)
+        shape = (users, limit, width, depth, heads, configs.LOG2E * depth**-0.5)
         block = {"PAIRS": tile.pairs, "DEPTH": tile.depth, "num_warps": tile.warps}
         norms = parts
         if longest > tile.pairs:
@@ -408,23 +460,21 @@ def _encode(
         context_pool_kernel[(tiles, heads)](qkv, offsets, norms, parts, *shape, **block)
     elif count and users:
         context_sum_kernel[(tiles, triton.cdiv(width, tile.depth))](
-            h, offsets, parts, users, width, PAIRS=tile.pairs, COLUMNS=tile.depth, num_warps=tile.warps
+            h, offsets, parts, users, limit, width, PAIRS=tile.pairs, COLUMNS=tile.depth, num_warps=tile.warps
         )  # fmt: skip
 
-    encoded = pairs.new_empty(users, width if latent else w.outer1.shape[0])
     pooled, outer = pairs.new_empty(2, users, width)
     joined = pairs.new_empty(users, width) if attention else pooled
     if users:
         step = configs.linear_tile(0, width, pairs.dtype)
-        sampled = latent and noise is not None and w.outer1.shape[0] == 2 * width
-        noise = as_rows(noise) if sampled and noise is not None else encoded
+        noise_rows = encoded if noise is None else noise
         context_outer_kernel[(triton.cdiv(users, step.rows),)](
-            parts, offsets, w.out, w.out_bias, w.outer0, w.outer0_bias, w.outer1, w.outer1_bias, noise, pooled, joined,
-            outer, encoded, users, width, encoded.shape[1], noise.stride(0), ATTENTION=attention,
-            MEAN=pooling == "mean", NOISE=sampled, PAIRS=tile.pairs, ROWS=step.rows, COLUMNS=step.columns,
+            parts, offsets, w.out, w.out_bias, w.outer0, w.outer0_bias, w.outer1, w.outer1_bias, noise_rows, pooled,
+            joined, outer, encoded, users, limit, width, encoded.shape[1], noise_rows.stride(0), ATTENTION=attention,
+            MEAN=pooling == "mean", NOISE=noise is not None, PAIRS=tile.pairs, ROWS=step.rows, COLUMNS=step.columns,
             STEP=step.step, num_warps=step.warps, num_stages=step.stages,
         )  # fmt: skip
-    return _Encoded(w, choices, offsets, first, h, qkv, tiles, tile, pooled, joined, outer, encoded)
+    return _Encoded(w, choices, offsets, first, h, qkv, tiles, tile, pooled, joined, outer)
 
 
 def context(
@@ -436,8 +486,8 @@ def context(
     pooling: str,
     heads: int,
 ) -> Tensor:
-    """`fssa_fast.ops.context`: launches 1 to 4."""
-    return _encode(pairs, choices, offsets, weights, inner, pooling, heads, False, None).encoded
+    """`fssa_fast.ops.context`."""
+    return _forward(_call(pairs, choices, offsets, weights, inner, pooling, heads), False, None)
 
 
 def context_rows_(
@@ -454,8 +504,8 @@ def context_rows_(
     pooling: str,
     heads: int,
 ) -> Tensor:
-    """`fssa_fast.ops.context_rows_`: all five launches."""
-    latents = _encode(pairs, choices, offsets, weights, inner, pooling, heads, True, noise).encoded
+    """`fssa_fast.ops.context_rows_`."""
+    latents = _forward(_call(pairs, choices, offsets, weights, inner, pooling, heads), True, noise)
     users, depth = latents.shape
     if users:
         modulation = as_rows(modulation)
@@ -486,10 +536,11 @@ def context_backward(
 ) -> tuple[Tensor, list[Tensor]]:
     """Gradients of `context` by pairs and by the weights that are not None, in order; the same bits at every call.
 
-    The forward's launches and three more, for the attention; what remains are plain matrix products, and torch's.
+    The first four launches and three more, for the attention; what remains are plain matrix products, and torch's.
     """
-    e = _encode(pairs, choices, offsets, weights, inner, pooling, heads, False, None)
-    w = e.weights
+    call = _call(pairs, choices, offsets, weights, inner, pooling, heads)
+    w = call.weights
+    e = _encode(call, pairs.new_empty(len(call.offsets) - 1, len(w.outer1)), None, -1)
     count, width = e.h.shape
     counts = e.offsets.diff()
     users = torch.repeat_interleave(counts, output_size=count)
@@ -525,13 +576,11 @@ def _attention_backward(e: _Encoded, dpooled: Tensor, users: Tensor, heads: int)
         value = e.qkv[:, 2 * width :].float() * dpooled[users]
         weights = value.view(count, heads, depth).sum(-1)
         norms, means = weights.new_empty(2, count, heads)
-        shape = (len(e.pooled), width, depth, heads, LOG2E * depth**-0.5)
+        shape = (width, depth, heads, configs.LOG2E * depth**-0.5)
         block = {"PAIRS": e.tile.pairs, "DEPTH": e.tile.depth, "num_warps": e.tile.warps}
         grid = (e.tiles, heads, triton.cdiv(depth, e.tile.depth))
-        context_statistics_kernel[grid[:2]](
-            e.qkv, weights, e.offsets, norms, means, *shape, BACKWARD=True, **block
-        )  # fmt: skip
-        inputs = (e.qkv, weights, e.offsets, norms, means)
-        context_queries_kernel[grid](*inputs, dqkv, *shape, depth**-0.5, **block)
-        context_keys_kernel[grid](*inputs, dpooled, dqkv, *shape, depth**-0.5, **block)
+        inputs, count = (e.qkv, weights, e.offsets, norms, means), len(e.pooled)
+        context_statistics_kernel[grid[:2]](*inputs, count, -1, *shape, BACKWARD=True, **block)
+        context_queries_kernel[grid](*inputs, dqkv, count, *shape, depth**-0.5, **block)
+        context_keys_kernel[grid](*inputs, dpooled, dqkv, count, *shape, depth**-0.5, **block)
     return dqkv

@@ -70,7 +70,7 @@ class Bug(NamedTuple):
 
 
 WRITES = "if (lane == 0) sums[warp] = value;"
-NORMS = "if (lane == 0) store(norms + head * head_stride + i, highest + log2f(total));"
+NORMS = "if (lane == 0) store(b.norms + head * b.head_stride + i, highest + log2f(total));"
 LORA = ["lora three float32", "lora three bfloat16", "lora dense float16"]
 BUGS = {
     "missing barrier": Bug(
@@ -82,7 +82,7 @@ BUGS = {
         "film", ["film 1030 float32"], "AddressSanitizer: heap-",
     ),
     "fragment layout": Bug(
-        "product.h", "lane % 8 + lane / 16 * 8) * pitch + lane / 8 % 2 * 8", "lane % 16) * pitch + lane / 16 * 8",
+        "product.h", "lane % 8 + lane / 16 * 8) * b_pitch + lane / 8 % 2 * 8", "lane % 16) * b_pitch + lane / 16 * 8",
         "lora", LORA[1:], "allowed",
     ),
 }  # fmt: skip

@@ -3,8 +3,10 @@
 //
 // Encode: the pairs of each user in tiles of 16, from its own first pair; block (tile and columns of h, part of E) writes
 // its part of the inner encoder's first linear, of both options. The block that ends last of a user's does what remains
-// for that user: adds the parts in their order, where E has more than one, inner MLP, attention by the column sums of its
-// softmax, pooling, outer MLP, latent.
+// for that user: adds the parts in their order, inner MLP, attention by the column sums of its softmax, pooling, outer
+// MLP, latent. What it makes on the way for a user of few pairs stays on the chip. Where there are many users and E is
+// small, one block does all for such a user, the first linear too, and nothing goes through memory. The bits are the
+// same in each of these ways.
 //
 // sum_i sum_j p_ij v_j = W_v (sum_j c_j h_j) + K b_v with c_j = sum_i p_ij: values are never made for a pair.
 #include "product.h"
@@ -16,6 +18,8 @@ namespace {
 constexpr int WARPS = 8, THREADS = 32 * WARPS;
 constexpr int64_t PAIRS = 16;                        // of a tile
 constexpr int64_t CHUNK = 512, MOST_SPLITS = 8;      // of E: a block sums CHUNK or more
+constexpr int64_t MOST_ON_CHIP = 64;                 // pairs of a user
+constexpr int64_t MANY_USERS = 16;                   // as many blocks as these keep the chip busy
 constexpr float LOG2E = 1.4426950408889634f;
 
 template <class T>
@@ -26,19 +30,76 @@ using Later = Product<T, WARPS, 1, 8, 2>;  // those that one block does alone
 struct Encode {
   fssa_context_input in;
   int64_t splits, chunk;  // of E
+  int64_t column_blocks;  // that share the columns of h; 1 where one block does all for a user whose numbers fit the chip
+  int64_t room;           // pairs of a user whose numbers do; negative where not even those of none
   int32_t latent;         // whether the result is the latent [U, H] rather than what the outer encoder gives [U, Z]
   const void *noise;
   void *result;
-  // Workspace. h follows `first`, relu'd, where there is an inner MLP.
-  float *parts;                        // [splits, N, H] where there are more than one
-  void *first, *h, *qk;                // [N, H], [N, H], [N, 2H]
-  float *norms, *shares;               // [heads, N]: log2 of a query's denominator; a key's sum over queries
-  float *mixed, *vectors;              // [U, heads, H]: a head's sum_j c_j h_j; [U, 2, 2H]
+  // Workspace; what follows `parts` and `arrived` is of users whose numbers do not fit the chip.
+  float *parts;                        // [splits, N, H]
   int32_t *arrived;                    // [U]
+  void *first, *h, *qk;                // [N, H], [N, H], [N, 2H]
+  float *norms, *shares;               // [heads, N]
+  float *mixed, *vectors;              // [U, heads, H], [U, 2, 2H]
+};
+
+// What is made for a user on the way: in the workspace, or on the chip.
+template <class T>
+struct Between {
+  bool on_chip;
+  int64_t stride, qk_stride, head_stride;
+  T *first, *h, *qk;      // [n, H], [n, H], [n, 2H]; h follows `first`, relu'd, where there is an inner MLP
+  float *norms, *shares;  // [heads, n]: log2 of a query's denominator; a key's sum over queries
+  float *mixed, *vectors; // [heads, H]: a head's sum_j c_j h_j; [2, 2H]
 };
 
 template <class T>
+constexpr int64_t STAGES = divide_up(larger(First<T>::SHARED, Later<T>::SHARED), 16) * 16;  // bytes; the rest follows
+
+// Lays out what is made for a user of up to `pairs` pairs, a multiple of 16, from `base` on; `size` is how many bytes.
+template <class T>
+__host__ __device__ __forceinline__ Between<T> lay_out_on_chip(const fssa_context_input &in, int64_t pairs,
+                                                               unsigned char *base, int64_t &size) {
+  const int64_t width = in.latent_width;
+  const bool attention = in.pooling == FSSA_POOL_ATTENTION, mlp = in.inner == FSSA_INNER_MLP;
+  size = 0;
+  const auto take = [&](int64_t bytes) {
+    unsigned char *at = base == nullptr ? nullptr : base + size;
+    size += divide_up(bytes, 16) * 16;
+    return at;
+  };
+  Between<T> b{};
+  b.on_chip = true;
+  b.stride = divide_up(width, Later<T>::STEP) * Later<T>::STEP + PIECE<T>;  // rows begin in different banks
+  b.qk_stride = divide_up(2 * width, PIECE<T>) * PIECE<T> + PIECE<T>;
+  b.head_stride = pairs;
+  const int64_t element = static_cast<int64_t>(sizeof(T));
+  b.h = reinterpret_cast<T *>(take(pairs * b.stride * element));
+  b.first = b.qk = reinterpret_cast<T *>(  // the one is read no more when the other is made
+      take(pairs * larger(mlp ? b.stride : 0, attention ? b.qk_stride : 0) * element));
+  b.norms = reinterpret_cast<float *>(take(attention ? in.heads * pairs * 4 : 0));
+  b.shares = reinterpret_cast<float *>(take(attention ? in.heads * pairs * 4 : 0));
+  b.mixed = reinterpret_cast<float *>(take(attention ? in.heads * width * 4 : 0));
+  b.vectors = reinterpret_cast<float *>(take(4 * width * 4));
+  return b;
+}
+
+template <class T>
+__device__ __forceinline__ Between<T> between(const Encode &e, int64_t user, int64_t begin, int64_t count) {
+  const fssa_context_input &in = e.in;
+  const int64_t width = in.latent_width;
+  if (count <= e.room) {
+    int64_t size;
+    return lay_out_on_chip<T>(in, e.room, shared_memory() + STAGES<T>, size);
+  }
+  return {false, width, 2 * width, in.pair_count, static_cast<T *>(e.first) + begin * width,
+          static_cast<T *>(e.h) + begin * width, static_cast<T *>(e.qk) + begin * 2 * width, e.norms + begin,
+          e.shares + begin, e.mixed + user * in.heads * width, e.vectors + user * 4 * width};
+}
+
+template <class T>
 struct ChoiceRows {
+  static constexpr bool RESIDENT = false;
   const T *base;
   const int64_t *choices;
   int64_t embedding, first, count, half, start;  // half 0: the chosen, 1: the rejected
@@ -89,18 +150,22 @@ __device__ __forceinline__ void multiply_vector(const T *w, const T *bias, float
 
 // The user's rows x [count, H] times w [outputs, H], plus bias, to y.
 template <class T>
-__device__ __forceinline__ void multiply_rows(const T *x, const T *w, const T *bias, T *y, int64_t count, int64_t outputs,
-                                              int64_t depth) {
+__device__ __forceinline__ void multiply_rows(const T *x, int64_t x_stride, bool on_chip, const T *w, const T *bias, T *y,
+                                              int64_t y_stride, int64_t count, int64_t outputs, int64_t depth) {
   using Tile = Later<T>;
-  const bool whole = whole_pieces<T>(x, depth) && whole_pieces<T>(w, depth);
+  const bool whole_rows = whole_pieces<T>(x, x_stride), whole_weights = whole_pieces<T>(w, depth);
   for (int64_t row = 0; row < count; row += Tile::ROWS) {
     for (int64_t column = 0; column < outputs; column += Tile::COLUMNS) {
-      Tile::run(MatrixRows<T>{x + row * depth, depth, count - row},
-                MatrixRows<T>{w + column * depth, depth, outputs - column}, depth, whole, whole);
+      const MatrixRows<T> weights{w + column * depth, depth, outputs - column};
+      if (on_chip) {
+        Tile::run(ResidentRows<T>{x + row * x_stride, x_stride}, weights, depth, true, whole_weights);
+      } else {
+        Tile::run(MatrixRows<T>{x + row * x_stride, x_stride, count - row}, weights, depth, whole_rows, whole_weights);
+      }
       for (int i = threadIdx.x; i < Tile::ROWS * Tile::COLUMNS; i += THREADS) {
         const int64_t m = row + i / Tile::COLUMNS, n = column + i % Tile::COLUMNS;
         if (m < count && n < outputs) {
-          store(y + m * outputs + n,
+          store(y + m * y_stride + n,
                 from_float<T>(Tile::sum(i / Tile::COLUMNS, i % Tile::COLUMNS) + to_float(load(bias + n))));
         }
       }
@@ -122,10 +187,10 @@ __device__ __forceinline__ float dot(const T *a, const T *b, int64_t depth, bool
   return sum;
 }
 
-// Every key's share: the sum over the user's queries of its softmax, a head at a time. q and k lie in qk [count, 2H].
+// Every key's share: the sum over the user's queries of its softmax, a head at a time.
 template <class T>
-__device__ __forceinline__ void share_out(const T *qk, float *norms, float *shares, int64_t head_stride, int64_t count,
-                                          int64_t width, int64_t heads) {
+__device__ __forceinline__ void share_out(const Between<T> &b, int64_t count, int64_t width, int64_t heads) {
+  const T *q = b.qk, *k = b.qk + width;
   const int64_t depth = width / heads;
   const float exponent = LOG2E * rsqrtf(static_cast<float>(depth));
   const bool whole = depth % PIECE<T> == 0;
@@ -135,14 +200,14 @@ __device__ __forceinline__ void share_out(const T *qk, float *norms, float *shar
     float high = -INFINITY, total = 0.0f;
     for (int64_t j = lane; j < count; j += 32) {
       const float score =
-          dot(qk + i * 2 * width + head * depth, qk + j * 2 * width + width + head * depth, depth, whole) * exponent;
+          dot(q + i * b.qk_stride + head * depth, k + j * b.qk_stride + head * depth, depth, whole) * exponent;
       const float higher = fmaxf(high, score);
       total = total * exp2f(high - higher) + exp2f(score - higher);
       high = higher;
     }
     const float highest = warp_most(high);
     total = warp_sum(high == -INFINITY ? 0.0f : total * exp2f(high - highest));
-    if (lane == 0) store(norms + head * head_stride + i, highest + log2f(total));
+    if (lane == 0) store(b.norms + head * b.head_stride + i, highest + log2f(total));
   }
   __syncthreads();
   for (int64_t item = threadIdx.x; item < heads * count; item += THREADS) {
@@ -150,10 +215,10 @@ __device__ __forceinline__ void share_out(const T *qk, float *norms, float *shar
     float share = 0.0f;
     for (int64_t i = 0; i < count; i++) {
       const float score =
-          dot(qk + i * 2 * width + head * depth, qk + j * 2 * width + width + head * depth, depth, whole) * exponent;
-      share += exp2f(score - load(norms + head * head_stride + i));
+          dot(q + i * b.qk_stride + head * depth, k + j * b.qk_stride + head * depth, depth, whole) * exponent;
+      share += exp2f(score - load(b.norms + head * b.head_stride + i));
     }
-    store(shares + head * head_stride + j, share);
+    store(b.shares + head * b.head_stride + j, share);
   }
   __syncthreads();
 }
@@ -168,47 +233,63 @@ __device__ __forceinline__ T first_of(const Encode &e, int64_t n, float sum) {
   return from_float<T>(e.in.inner == FSSA_INNER_MLP && sum < 0.0f ? 0.0f : sum);  // lets NaN through
 }
 
-// What remains for a user when all parts are there; the whole block.
+// What the first linear gives: h, or what the inner MLP's second makes h of.
 template <class T>
-__device__ __forceinline__ void finish(const Encode &e, int64_t user, int64_t begin, int64_t count) {
-  const fssa_context_input &in = e.in;
-  const int64_t width = in.latent_width, pairs = in.pair_count;
-  const bool mlp = in.inner == FSSA_INNER_MLP;
-  T *first = static_cast<T *>(e.first) + begin * width, *h = static_cast<T *>(e.h) + begin * width;
-  const auto weights = [](const void *data) { return static_cast<const T *>(data); };
-  if (e.splits > 1) {
-    for (int64_t i = threadIdx.x; i < count * width; i += THREADS) {
-      float sum = 0.0f;
+__device__ __forceinline__ T *first_rows(const Encode &e, const Between<T> &b) {
+  return e.in.inner == FSSA_INNER_MLP ? b.first : b.h;
+}
+
+// Adds the parts of the user's first linear in their order.
+template <class T>
+__device__ __forceinline__ void add_parts(const Encode &e, const Between<T> &b, int64_t begin, int64_t count) {
+  const int64_t width = e.in.latent_width;
+  for (int64_t i = threadIdx.x; i < count * width; i += THREADS) {
+    float sum = 0.0f;
 #pragma unroll 4
-      for (int64_t split = 0; split < e.splits; split++) {
-        sum += load_from_others(e.parts + (split * pairs + begin) * width + i);
-      }
-      store((mlp ? first : h) + i, first_of<T>(e, i % width, sum));
+    for (int64_t split = 0; split < e.splits; split++) {
+      sum += load_from_others(e.parts + (split * e.in.pair_count + begin) * width + i);
     }
-    __syncthreads();
+    store(first_rows(e, b) + i / width * b.stride + i % width, first_of<T>(e, i % width, sum));
   }
-  if (mlp) {
-    multiply_rows(first, weights(in.weights.inner1), weights(in.weights.inner1_bias), h, count, width, width);
+}
+
+// What remains for a user when the first linear is there; the whole block.
+template <class T>
+__device__ __forceinline__ void finish(const Encode &e, const Between<T> &b, int64_t user, int64_t count) {
+  const fssa_context_input &in = e.in;
+  const int64_t width = in.latent_width;
+  const auto weights = [](const void *data) { return static_cast<const T *>(data); };
+  if (b.on_chip) {  // products read whole steps
+    const int64_t more = b.stride - PIECE<T> - width;
+    for (int64_t i = threadIdx.x; i < count * more; i += THREADS) {
+      const int64_t at = i / more * b.stride + width + i % more;
+      store(b.h + at, from_float<T>(0.0f));
+      if (in.inner == FSSA_INNER_MLP) store(b.first + at, from_float<T>(0.0f));
+    }
+  }
+  __syncthreads();
+  if (in.inner == FSSA_INNER_MLP) {
+    multiply_rows(b.first, b.stride, b.on_chip, weights(in.weights.inner1), weights(in.weights.inner1_bias), b.h, b.stride,
+                  count, width, width);
   }
 
-  float *pooled = e.vectors + user * 4 * width, *joined = pooled + 2 * width;
+  float *pooled = b.vectors, *joined = pooled + 2 * width;
   if (in.pooling == FSSA_POOL_ATTENTION) {
-    T *qk = static_cast<T *>(e.qk) + begin * 2 * width;
-    multiply_rows(h, weights(in.weights.qkv), weights(in.weights.qkv_bias), qk, count, 2 * width, width);
-    float *shares = e.shares + begin, *mixed = e.mixed + user * in.heads * width;
-    share_out(qk, e.norms + begin, shares, pairs, count, width, in.heads);
+    multiply_rows(b.h, b.stride, b.on_chip, weights(in.weights.qkv), weights(in.weights.qkv_bias), b.qk, b.qk_stride, count,
+                  2 * width, width);
+    share_out(b, count, width, in.heads);
     for (int64_t i = threadIdx.x; i < in.heads * width; i += THREADS) {
       float sum = 0.0f;
       for (int64_t j = 0; j < count; j++) {
-        sum = fmaf(load(shares + i / width * pairs + j), to_float(load(h + j * width + i % width)), sum);
+        sum = fmaf(load(b.shares + i / width * b.head_stride + j), to_float(load(b.h + j * b.stride + i % width)), sum);
       }
-      store(mixed + i, sum);
+      store(b.mixed + i, sum);
     }
     __syncthreads();
     const int64_t depth = width / in.heads;
     multiply_vector(
         weights(in.weights.qkv) + 2 * width * width, weights(in.weights.qkv_bias) + 2 * width, static_cast<float>(count),
-        width, width, [&](int64_t n) { return mixed + n / depth * width; },
+        width, width, [&](int64_t n) { return b.mixed + n / depth * width; },
         [&](int64_t n, float sum) { store(joined + n, sum); });
     __syncthreads();
     multiply_vector(
@@ -218,7 +299,7 @@ __device__ __forceinline__ void finish(const Encode &e, int64_t user, int64_t be
     const float share = in.pooling == FSSA_POOL_MEAN && count > 0 ? 1.0f / static_cast<float>(count) : 1.0f;
     for (int64_t n = threadIdx.x; n < width; n += THREADS) {
       float sum = 0.0f;
-      for (int64_t j = 0; j < count; j++) sum += to_float(load(h + j * width + n));
+      for (int64_t j = 0; j < count; j++) sum += to_float(load(b.h + j * b.stride + n));
       store(pooled + n, share * sum);
     }
   }
@@ -254,8 +335,7 @@ __global__ void __launch_bounds__(THREADS, 1) encode_kernel(Encode e, bool whole
   let_next_launch_begin();
   using Tile = First<T>;
   const fssa_context_input &in = e.in;
-  const int64_t width = in.latent_width, column_tiles = divide_up(width, Tile::COLUMNS);
-  const int64_t tile = blockIdx.x / column_tiles, column = blockIdx.x % column_tiles * Tile::COLUMNS;
+  const int64_t width = in.latent_width, tile = blockIdx.x / e.column_blocks;
   int64_t user = 0, beyond = in.users;  // the last user whose first tile is not after this one
   while (beyond - user > 1) {
     const int64_t middle = (user + beyond) / 2;
@@ -266,56 +346,61 @@ __global__ void __launch_bounds__(THREADS, 1) encode_kernel(Encode e, bool whole
     }
   }
   const int64_t begin = load(in.offsets + user), count = load(in.offsets + user + 1) - begin;
-  const int64_t own_tiles = (begin + count) / PAIRS - begin / PAIRS + 1;
-  const int64_t row = (tile - first_tile(in, user)) * PAIRS;
-  if (tile - first_tile(in, user) >= own_tiles) return;  // more tiles were launched than there are
-  if (row < count) {
-    constexpr int OWN = Tile::ROWS * Tile::COLUMNS / THREADS;  // elements of a thread
-    static_assert(OWN * THREADS == Tile::ROWS * Tile::COLUMNS, "every thread has as many elements");
-    const int64_t start = blockIdx.y * e.chunk, size = smaller(e.chunk, in.embedding_width - start);
-    const T *inner0 = static_cast<const T *>(in.weights.inner0) + column * 2 * in.embedding_width + start;
-    float sums[OWN] = {};
+  const int64_t own_tiles = (begin + count) / PAIRS - begin / PAIRS + 1, number = tile - first_tile(in, user);
+  const bool all = e.column_blocks == 1 && e.splits == 1 && count <= e.room;  // one block's work
+  if (number >= (all ? 1 : own_tiles)) return;  // more tiles were launched than there are
+  const Between<T> b = between<T>(e, user, begin, count);
+  const int64_t start = blockIdx.y * e.chunk, size = smaller(e.chunk, in.embedding_width - start);
+  for (int64_t row = number * PAIRS; row < (all ? count : smaller(count, (number + 1) * PAIRS)); row += PAIRS) {
+    for (int64_t column = blockIdx.x % e.column_blocks * Tile::COLUMNS; column < width;
+         column += e.column_blocks * Tile::COLUMNS) {
+      constexpr int OWN = Tile::ROWS * Tile::COLUMNS / THREADS;  // elements of a thread
+      static_assert(OWN * THREADS == Tile::ROWS * Tile::COLUMNS, "every thread has as many elements");
+      const T *inner0 = static_cast<const T *>(in.weights.inner0) + column * 2 * in.embedding_width + start;
+      float sums[OWN] = {};
 #pragma unroll 1
-    for (int64_t half = 0; half < 2; half++) {
-      Tile::run(ChoiceRows<T>{static_cast<const T *>(in.pairs), in.choices, in.embedding_width, begin + row, count - row,
-                              half, start},
-                MatrixRows<T>{inner0 + half * in.embedding_width, 2 * in.embedding_width, width - column}, size,
-                whole_pairs, whole_weights);
+      for (int64_t half = 0; half < 2; half++) {
+        Tile::run(ChoiceRows<T>{static_cast<const T *>(in.pairs), in.choices, in.embedding_width, begin + row, count - row,
+                                half, start},
+                  MatrixRows<T>{inner0 + half * in.embedding_width, 2 * in.embedding_width, width - column}, size,
+                  whole_pairs, whole_weights);
+#pragma unroll
+        for (int i = 0; i < OWN; i++) {
+          const int element = static_cast<int>(threadIdx.x) + i * THREADS;
+          sums[i] += Tile::sum(element / Tile::COLUMNS, element % Tile::COLUMNS);
+        }
+        __syncthreads();
+      }
 #pragma unroll
       for (int i = 0; i < OWN; i++) {
         const int element = static_cast<int>(threadIdx.x) + i * THREADS;
-        sums[i] += Tile::sum(element / Tile::COLUMNS, element % Tile::COLUMNS);
-      }
-      __syncthreads();
-    }
-#pragma unroll
-    for (int i = 0; i < OWN; i++) {
-      const int element = static_cast<int>(threadIdx.x) + i * THREADS, m = element / Tile::COLUMNS;
-      const int64_t n = column + element % Tile::COLUMNS;
-      if (row + m >= count || n >= width) continue;
-      const int64_t at = (begin + row + m) * width + n;
-      if (e.splits > 1) {
-        store(e.parts + blockIdx.y * in.pair_count * width + at, sums[i]);
-      } else {
-        store(static_cast<T *>(in.inner == FSSA_INNER_MLP ? e.first : e.h) + at, first_of<T>(e, n, sums[i]));
+        const int64_t m = row + element / Tile::COLUMNS, n = column + element % Tile::COLUMNS;
+        if (m >= count || n >= width) continue;
+        if (all) {
+          store(first_rows(e, b) + m * b.stride + n, first_of<T>(e, n, sums[i]));
+        } else {
+          store(e.parts + (blockIdx.y * in.pair_count + begin + m) * width + n, sums[i]);
+        }
       }
     }
   }
-  // Who arrives last finds the parts of all others.
-  int *last = reinterpret_cast<int *>(shared_memory());
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    const int64_t blocks = own_tiles * column_tiles * e.splits;
-    *last = atomicAdd(e.arrived + user, 1) == static_cast<int32_t>(blocks - 1);
-  }
-  __syncthreads();
-  const bool mine = *last != 0;
-  __syncthreads();  // the memory that told is used again
-  if (mine) {
+  if (!all) {
+    // Who arrives last finds the parts of all others.
+    int *last = reinterpret_cast<int *>(shared_memory());
     __threadfence();
-    finish<T>(e, user, begin, count);
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      const int64_t blocks = own_tiles * e.column_blocks * e.splits;
+      *last = atomicAdd(e.arrived + user, 1) == static_cast<int32_t>(blocks - 1);
+    }
+    __syncthreads();
+    const bool mine = *last != 0;
+    __syncthreads();  // the memory that told is used again
+    if (!mine) return;
+    __threadfence();
+    add_parts(e, b, begin, count);
   }
+  finish(e, b, user, count);
 }
 
 struct Rows {
@@ -367,7 +452,8 @@ int64_t lay_out(Encode &e, void *base) {
   e.splits = larger(1, smaller(MOST_SPLITS, in.embedding_width / CHUNK));
   e.chunk = larger(1, divide_up(divide_up(in.embedding_width, e.splits), 128)) * 128;  // whole steps of every dtype
   e.splits = larger(1, divide_up(in.embedding_width, e.chunk));
-  e.parts = static_cast<float *>(take(e.splits > 1 ? e.splits * pairs * width * 4 : 0));
+  e.parts = static_cast<float *>(take(e.splits * pairs * width * 4));
+  e.arrived = static_cast<int32_t *>(take(in.users * 4));
   e.first = take(in.inner == FSSA_INNER_MLP ? pairs * width * size : 0);
   e.h = take(pairs * width * size);
   e.qk = take(attention ? pairs * 2 * width * size : 0);
@@ -375,7 +461,6 @@ int64_t lay_out(Encode &e, void *base) {
   e.shares = static_cast<float *>(take(attention ? in.heads * pairs * 4 : 0));
   e.mixed = static_cast<float *>(take(attention ? in.users * in.heads * width * 4 : 0));
   e.vectors = static_cast<float *>(take(in.users * 4 * width * 4));
-  e.arrived = static_cast<int32_t *>(take(in.users * 4));
   return used;
 }
 
@@ -386,13 +471,21 @@ void encode(const fssa_context_input &in, bool latent, const void *noise, void *
   e.in = in, e.latent = latent, e.noise = noise, e.result = result;
   lay_out(e, workspace);
   clear(e.arrived, static_cast<size_t>(in.users) * 4, stream);
-  using Tile = First<T>;
-  const int64_t tiles = (in.pair_count / PAIRS + in.users) * divide_up(in.latent_width, Tile::COLUMNS);
+  int64_t size = 0;
+  e.room = smaller(MOST_ON_CHIP, divide_up(in.pair_count, PAIRS) * PAIRS);
+  for (; e.room >= 0; e.room -= PAIRS) {
+    lay_out_on_chip<T>(in, e.room, nullptr, size);
+    if (STAGES<T> + size <= most_shared_memory()) break;
+    size = 0;
+  }
+  const bool alone = e.splits == 1 && in.users >= MANY_USERS && e.room > 0;
+  e.column_blocks = alone ? 1 : divide_up(in.latent_width, First<T>::COLUMNS);
+  const int64_t tiles = (in.pair_count / PAIRS + in.users) * e.column_blocks;
   const bool whole_pairs = whole_pieces<T>(in.pairs, in.embedding_width);
   const bool whole_weights = whole_pieces<T>(in.weights.inner0, in.embedding_width);
   launch("context: encode", encode_kernel<T>,
          dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(e.splits)), THREADS,
-         larger(Tile::SHARED, Later<T>::SHARED), stream, false, e, whole_pairs, whole_weights);
+         static_cast<size_t>(STAGES<T> + size), stream, false, e, whole_pairs, whole_weights);
 }
 
 template <class T, class Tile>

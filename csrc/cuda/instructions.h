@@ -122,6 +122,14 @@ inline void check(cudaError_t error, const char *doing) {
   if (error != cudaSuccess) fail(FSSA_UNSUPPORTED, "%s: %s", doing, cudaGetErrorString(error));
 }
 
+// Bytes of shared memory that a block may ask for.
+inline int64_t most_shared_memory() {
+  int device = 0, bytes = 0;
+  check(cudaGetDevice(&device), "shared memory");
+  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "shared memory");
+  return bytes;
+}
+
 // Puts a kernel on the stream. An early one may begin before the launch before it has ended, where the chip can.
 template <class... Parameters>
 void launch(const char *name, void (*kernel)(Parameters...), dim3 grid, unsigned threads, size_t shared, void *stream,
@@ -140,6 +148,10 @@ void launch(const char *name, void (*kernel)(Parameters...), dim3 grid, unsigned
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = &attribute;
   config.numAttrs = early && major >= 9 ? 1 : 0;
+  if (shared > 48 * 1024) {  // what a kernel has without asking
+    const auto attribute_of_kernel = cudaFuncAttributeMaxDynamicSharedMemorySize;
+    check(cudaFuncSetAttribute(kernel, attribute_of_kernel, static_cast<int>(shared)), name);
+  }
   check(cudaLaunchKernelEx(&config, kernel, arguments...), name);
 }
 

@@ -4,7 +4,8 @@
     python csrc/cuda/table.py --check    # say what is worse than the table; returns 1 where something is
 
 A kernel of a chip is asked for its registers, spilled bytes, tensor-core instructions, and loads of 128 bits. What is
-shared memory at a launch is bounded where the kernels are written (MOST_SHARED) and at every launch of the emulation.
+shared memory at a launch is bounded where the kernels are written (MOST_SHARED, most_shared_memory) and at every launch
+of the emulation.
 Needs nvcc, and the cuobjdump that triton has.
 """
 

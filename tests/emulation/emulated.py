@@ -160,6 +160,9 @@ CONTEXTS: dict[str, tuple[Any, ...]] = {
     "mean": ((3, 0, 35), 9, 18, 1, "mlp", "mean", 18),
     "sum": ((0, 2, 20), 5, 33, 1, "linear", "sum", 66),
     "no pairs": ((0, 0), 4, 16, 4, "mlp", "self-attention", 16),
+    "many": ((0, 17, 66, *range(1, 15)), 33, 40, 2, "mlp", "self-attention", 40),
+    "on the chip in part": ((64, 20), 8, 256, 8, "mlp", "self-attention", 256),  # in float32
+    "too wide for the chip": ((5, 3), 8, 512, 64, "linear", "self-attention", 512),
 }
 
 
@@ -196,11 +199,12 @@ def _context_rows(case: str, width: int, bank_dtype: torch.dtype | None = None, 
 
 
 def _context_alone(dtype: torch.dtype, emulation: Machine) -> None:
-    """A user's bits do not depend on the other users, nor on where its pairs lie."""
-    pairs, choices, offsets, *rest = context_args((3, 20, 0, 33), 40, 24, 3, "mlp", "self-attention", dtype)
+    """A user's bits do not depend on the other users, nor on where its pairs lie, nor on how many blocks share it."""
+    counts = (3, 20, 0, 33, 66, *(1,) * 12)  # so many users that a block takes all of one
+    pairs, choices, offsets, *rest = context_args(counts, 40, 24, 3, "mlp", "self-attention", dtype)
     together = cuda.context(pairs, choices, offsets, *rest)
     bounds = offsets.tolist()
-    for user, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for user, (begin, end) in enumerate(zip(bounds[:5], bounds[1:6], strict=True)):
         alone = cuda.context(pairs[begin:end], choices[begin:end], torch.tensor([0, end - begin]), *rest)
         assert torch.equal(alone[0], together[user]), "a user's bits depend on the others"
 
@@ -237,6 +241,7 @@ DEFAULT: dict[str, Run] = {
     "context sampled": _context("sampled"),
     "context mean": _context("mean"),
     "context no pairs": _context("no pairs"),
+    "context many": _context("many"),
     "context alone": _context_alone,
     "context_rows sum": _context_rows("sum", 37, torch.bfloat16, noisy=True),
     "context_rows few": _context_rows("few", 72, torch.float16),
@@ -270,6 +275,8 @@ FURTHER: dict[str, Run] = {
     "context of 111": _context("of 111"),
     "context of 3424": _context("of 3424"),
     "context sum": _context("sum"),
+    "context on the chip in part": _context("on the chip in part"),
+    "context too wide for the chip": _context("too wide for the chip"),
     "context_rows full": _context_rows("full", 200, torch.float32),
     "context_rows sampled": _context_rows("sampled", 90, noisy=True),
     "context_rows without noise": _context_rows("sampled", 90),

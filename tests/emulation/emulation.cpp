@@ -316,7 +316,7 @@ void run(const char *name, unsigned x, unsigned y, unsigned z, unsigned threads,
   block_size = {threads, 1, 1};
   if (threads == 0 || threads % 32 || threads > 1024) stop("a block's threads: expected whole warps, 1024 at most");
   if (x == 0 || y == 0 || z == 0 || y > 65535 || z > 65535) stop("a grid with no or too many blocks");
-  if (shared_bytes > 48 * 1024) stop("more shared memory than a block may have");
+  if (shared_bytes > MOST_SHARED) stop("more shared memory than a block may have");
   counted = &counts[name];
   counted->launches++;
   body = &kernel;

@@ -32,6 +32,7 @@ namespace emulation {
 struct Index {
   unsigned x = 0, y = 0, z = 0;
 };
+constexpr int MOST_SHARED = 163 * 1024;  // bytes a block may ask for, on the oldest chip that there are kernels for
 extern Index thread_index, block_index, block_size;  // of the thread that runs
 
 void barrier();
@@ -208,6 +209,7 @@ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
   emulation::count_products(64);  // 16 x 8 x 16 products, a lane's share
 }
 
+inline int64_t most_shared_memory() { return emulation::MOST_SHARED; }
 inline void let_next_launch_begin() {}
 inline void wait_for_launch_before() { emulation::wait_for_launch_before(); }
 
