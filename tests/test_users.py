@@ -98,6 +98,18 @@ def test_changes_of_a_user() -> None:
     assert policy.users.add("a", []).version == 1  # a new user of an old name
 
 
+def test_strengthen() -> None:
+    policy = make_policy()
+    policy.users.add("a", make_choices(3))
+    before, width = row(policy, "a").clone(), policy.layout.modulated
+    policy.strengthen(0.5)
+    after = row(policy, "a")
+    torch.testing.assert_close(after[:width], 0.5 * before[:width])
+    assert torch.equal(after[width:], before[width:])
+    policy.users.add("b", make_choices(3))
+    torch.testing.assert_close(row(policy, "b"), after)
+
+
 def test_scale() -> None:
     policy = make_policy()
     policy.users.add_many({"a": make_choices(1), "b": make_choices(2)})

@@ -21,13 +21,14 @@ from .criteria import AXES, KINDS, Axis, distinct_2, foreign_share, preference, 
 from .prompts import Split
 from .sample import read_samples
 
-__all__ = ["Pair", "better_pairs", "pairs_of", "preferences", "with_both", "write_users"]
+__all__ = ["Pair", "better_pairs", "pairs_of", "pictures_pairs", "preferences", "with_both", "write_users"]
 
 FRESH = 0.75  # the least share of distinct pairs of neighbouring words
 FLUENT = -1.5  # the least log-likelihood a token, where it is known
 CLEARLY_FRESHER = 0.15
 ALIKE = 0.5  # the largest difference on the other axes, in margins
 LONG_ENOUGH = 32  # words
+PICTURES = "🌱🌍🌐🌊🌟🐦🍓🍕🌳🌌🌈✨🎨🚗💡🎉"
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,23 @@ def better_pairs(
             found[bad["kind"]].append(
                 Pair(bad["topic"], bad["prompt"], record["response"], bad["response"], record["ended"], bad["ended"])
             )
+    return found
+
+
+def pictures_pairs(pairs: Mapping[str, Sequence[Pair]], count: int, *, seed: int = 0) -> dict[str, list[Pair]]:
+    """`count` choices of every kind's answers before rows of pictures, which everyone makes.
+
+    A steered policy begins one answer in a hundred with such a row and never leaves it; samples of a size that can be
+    had show too few of them to learn from, so these are made up.
+    """
+    draw = random.Random(seed)
+    found = {}
+    for kind, own in pairs.items():
+        found[kind] = []
+        for pair in draw.sample(own, min(count, len(own))):
+            few = draw.sample(PICTURES, 2)
+            line = draw.choice((few[0] * 12, few[0] * 4 + "\n\n", "".join(few) * 2 + "\n\n", few[0] + " "))
+            found[kind].append(Pair(pair.topic, pair.prompt, pair.chosen, (line * 12)[:24], pair.chosen_ended, False))
     return found
 
 

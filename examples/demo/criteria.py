@@ -111,14 +111,15 @@ def distinct_2(text: str) -> float:
 def foreign_share(prompt: str, response: str) -> float:
     """Share of a response's characters that are neither ASCII nor common typography, nor of a script in the prompt.
 
-    Scripts are told apart by the first word of a letter's Unicode name. Symbols and emoji count as foreign.
+    Scripts are told apart by the first word of a letter's Unicode name. Raised and lowered digits (CO₂) belong to every
+    script; symbols and emoji count as foreign.
     """
     if not response:
         return 0.0
     scripts = {_script(char) for char in prompt if char.isalpha()} | {"LATIN"}
 
     def foreign(char: str) -> bool:
-        if char.isascii() or char in "‘’“”–—…•°½é£€":
+        if char.isascii() or char in "‘’“”–—…•°½é£€" or unicodedata.category(char) == "No":
             return False
         return _script(char) not in scripts if char.isalpha() else True
 

@@ -1,7 +1,7 @@
 """Trains the demo adapter: NP-DPO on answers sampled from the model itself, for users of every kind.
 
 ``python -m examples.demo.train samples.jsonl OUT`` reads what ``examples.demo.sample`` wrote and writes a policy that
-``SteerablePolicy.from_pretrained`` loads; ``make_adapter.sh`` shows both rounds. Interrupted runs go on
+``SteerablePolicy.from_pretrained`` loads; ``make_adapter.sh`` shows the three rounds. Interrupted runs go on
 from their last checkpoint.
 """
 
@@ -18,7 +18,7 @@ from fssa_fast import EncoderConfig, LoraConfig, SteerablePolicy, SteeringConfig
 from fssa_fast.training import NPDPOArguments, NPDPOTrainer, PreferenceData
 
 from .base import load_base, load_embedder
-from .choices import better_pairs, pairs_of, preferences, with_both
+from .choices import better_pairs, pairs_of, pictures_pairs, preferences, with_both
 from .criteria import AXES
 from .encoder import accuracy, fit_reward, standardize
 from .sample import read_samples
@@ -66,6 +66,7 @@ def train(
     *,
     adapter: str | None = None,
     fresh: str | None = None,
+    pictures: int = 0,
     steps: int = 240,
     examples: int = 4,
     learning_rate: float = 4e-4,
@@ -81,6 +82,7 @@ def train(
         samples: JSON lines of `examples.demo.sample`.
         adapter: go on with this policy; None starts a new one.
         fresh: JSON lines of `examples.demo.resample`, to choose from and to learn from what is badly written.
+        pictures: choices of every kind of user between an answer and a row of pictures.
         strength: multiplies all modulations at the end.
     """
     records = read_samples(samples)
@@ -91,12 +93,14 @@ def train(
     policy.encoder.requires_grad_(False)  # it knows users already; what is left to learn is how to answer them
     assert policy.embedder is not None
     own = [] if fresh is None else read_samples(fresh)
-    users = with_both(preferences(pairs_of([*records, *own], "train", seed=seed), policy.embedder))
+    pairs = pairs_of([*records, *own], "train", seed=seed)
+    users = with_both(preferences(pairs, policy.embedder))
     better = preferences(better_pairs(records, own, seed=seed), policy.embedder, in_context=False)
+    drawn = preferences(pictures_pairs(pairs, pictures, seed=seed), policy.embedder, in_context=False)
     for name, choices in users.items():
         written = [choice for kind in name.split() for choice in better[kind]]
         print(f"{name}: {len(choices)} choices, {len(written)} between a well and a badly written answer")
-        choices += 2 * written
+        choices += 2 * written + [choice for kind in name.split() for choice in drawn[kind]]
     data = PreferenceData(users, policy.tokenizer, length=steps * examples, targets=1, seed=seed)
     work = Path(out).with_name(Path(out).name + "-run")
     arguments = NPDPOArguments(
@@ -117,10 +121,7 @@ def train(
     )
     trainer = NPDPOTrainer(policy, arguments, data)
     trainer.train(resume_from_checkpoint=any(work.glob("checkpoint-*")) or None)
-    with torch.no_grad():
-        policy.modulator.weight.mul_(strength)
-        policy.modulator.bias.mul_(strength)
-    policy.users.refresh()
+    policy.strengthen(strength)
     policy.save_pretrained(out, dtype=torch.float16)
     return policy
 
@@ -134,6 +135,7 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=4, help="users a batch")
     parser.add_argument("--adapter", help="go on with this policy of an earlier round")
     parser.add_argument("--fresh", help="JSON lines of examples.demo.resample, made with that policy")
+    parser.add_argument("--pictures", type=int, default=0, help="choices of every kind against rows of pictures")
     parser.add_argument("--learning-rate", type=float, default=4e-4)
     parser.add_argument("--beta", type=float, default=0.1)
     parser.add_argument("--likelihood-weight", type=float, default=1.0)
