@@ -13,6 +13,7 @@ from tiny import EOS, LATENT, PAD, WIDTH, make_choices, make_loras, make_model, 
 from transformers import TrainerCallback
 
 from fssa_fast import Choice, EncoderConfig, SteerablePolicy, SteeringConfig
+from fssa_fast.evaluation.policies import each_held_out
 from fssa_fast.training import (
     NPDPOArguments,
     NPDPOTrainer,
@@ -72,6 +73,18 @@ def make_trainer(policy: SteerablePolicy, folder: Path, data: Any = None, callba
 
 
 # ---------------------------------------------------------------- data
+
+
+def test_every_choice_is_held_out_once() -> None:
+    users = {"low": make_preferences(1), "high": make_preferences(-1, groups=2)}
+    found = each_held_out(users, max_context=3, seed=5)
+    assert {name: [example.targets for example in own] for name, own in found.items()} == {
+        name: [[choice] for choice in own] for name, own in users.items()
+    }
+    for example in (example for own in found.values() for example in own):
+        groups = {choice.group for choice in example.context}
+        assert len(example.context) == min(3, len(users[example.user]) - 2) and example.targets[0].group not in groups
+    assert each_held_out(users, max_context=3, seed=5) == found
 
 
 def test_contexts_and_targets_never_share_a_group() -> None:

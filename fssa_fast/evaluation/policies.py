@@ -51,6 +51,23 @@ def held_out(
     return found
 
 
+def each_held_out(
+    users: Mapping[str, Sequence[Preference]], *, max_context: int, seed: int = 0
+) -> dict[str, list[HeldOut]]:
+    """Every choice of every user as the one target, with a context of its own, drawn from the other groups.
+
+    A target is met once, so that what is found of one is independent of what is found of the next.
+    """
+    found: dict[str, list[HeldOut]] = {}
+    for number, name in enumerate(sorted(users)):
+        rng, found[name] = np.random.default_rng((seed, number)), []
+        for target in users[name]:
+            others = [choice for choice in users[name] if choice.group != target.group]
+            context = [others[i] for i in rng.permutation(len(others))[:max_context]]
+            found[name].append(HeldOut(name, context, [target]))
+    return found
+
+
 @torch.no_grad()
 def implicit_margins(
     policy: SteerablePolicy,
@@ -145,4 +162,4 @@ def write(
     return found
 
 
-__all__ = ["BASE", "HeldOut", "MEASURES", "Written", "held_out", "implicit_margins", "write"]
+__all__ = ["BASE", "HeldOut", "MEASURES", "Written", "each_held_out", "held_out", "implicit_margins", "write"]

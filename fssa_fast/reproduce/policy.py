@@ -14,7 +14,7 @@ import torch
 from fssa_fast.data.choices import ChoiceData
 from fssa_fast.data.lines import json_lines
 from fssa_fast.data.people import helpful_harmless
-from fssa_fast.evaluation.policies import held_out, implicit_margins
+from fssa_fast.evaluation.policies import HeldOut, each_held_out, implicit_margins
 from fssa_fast.evaluation.rewards import Floats, interval
 from fssa_fast.evaluation.tables import Cell, Table
 from fssa_fast.nn import NPBTL
@@ -28,6 +28,10 @@ from fssa_fast.training.runs import last_checkpoint
 
 COUNTS = (0, 1, 3, 5, 10)
 MAX_TOKENS = 192
+# Of the modulations, after training. By its end a user's answer is 6 nats further from the other, but every answer has
+# lost about 0.3 nats a token, whoever asks, and the longer of two loses by as much. What is gained grows as the
+# strength, what is lost as its square.
+STRENGTH = 0.5
 TRAINING: dict[str, Any] = {
     "max_steps": 160,
     "per_device_train_batch_size": 8,
@@ -102,7 +106,7 @@ def reproduce(
         above = "above" if last.low is not None and last.low > 0.5 else "NOT above"
         rising = "rising" if last.mean > first.mean else "NOT rising"
         checks.append(f"{user}: {rising} with choices; the interval at {COUNTS[-1]} choices is {above} 50 %")
-    return {"tables": [table], "checks": checks, "training": TRAINING}
+    return {"tables": [table], "checks": checks, "training": {**TRAINING, "strength": STRENGTH}}
 
 
 def _one(
@@ -145,12 +149,12 @@ def _one(
     trainer = NPDPOTrainer(policy, args, examples, reference=reference)
     checkpoint = last_checkpoint(folder)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    policy.strengthen(STRENGTH)
     policy.save_pretrained(folder)
-    divided = held_out(unseen, max_context=max(COUNTS), max_targets=16, repeats=8, seed=seed)
-    found: dict[str, dict[int, Floats]] = {user: {} for user in unseen}
-    for count in COUNTS:
-        margins = implicit_margins(policy, divided, count, reference=reference, max_tokens=MAX_TOKENS)
-        for user in unseen:
-            mine = [(m > 0).astype(float) for m, e in zip(margins, divided, strict=True) if e.user == user]
-            found[user][count] = np.concatenate(mine)
-    return found
+
+    def right(examples: list[HeldOut], count: int) -> Floats:
+        margins = implicit_margins(policy, examples, count, reference=reference, max_tokens=MAX_TOKENS)
+        return (np.concatenate(margins) > 0).astype(float)
+
+    divided = each_held_out(unseen, max_context=max(COUNTS), seed=seed)
+    return {user: {count: right(own, count) for count in COUNTS} for user, own in divided.items()}
