@@ -121,7 +121,7 @@ def context_encode_kernel(
 
 @triton.jit
 def context_statistics_kernel(
-    qkv_ptr, weights_ptr, offsets_ptr, norms_ptr, means_ptr, users, limit, width, depth, heads, exponent,
+    qkv_ptr, weights_ptr, offsets_ptr, norms_ptr, means_ptr, users, width, depth, heads, exponent,
     BACKWARD: tl.constexpr, PAIRS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of queries, head): log2 of the softmax's denominator, exponents in base 2; norms [N, heads].
@@ -132,7 +132,7 @@ def context_statistics_kernel(
     user, first, last, begin = _span_of_tile(offsets_ptr, users, tl.program_id(0), PAIRS)
     wanted = begin < last
     if not BACKWARD:
-        wanted = wanted & (last - first > PAIRS) & (last - first > limit)
+        wanted = wanted & (last - first > PAIRS)
     if wanted:
         query = begin + tl.arange(0, PAIRS)
         q_rows = qkv_ptr + query * (3 * width) + head * depth
@@ -159,7 +159,7 @@ def context_statistics_kernel(
 
 @triton.jit
 def context_pool_kernel(
-    qkv_ptr, offsets_ptr, norms_ptr, parts_ptr, users, limit, width, depth, heads, exponent,
+    qkv_ptr, offsets_ptr, norms_ptr, parts_ptr, limit, users, width, depth, heads, exponent,
     PAIRS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of keys, head): parts[tile, head] = sum_j (sum_i p_ij) v_j; of users of more than `limit` pairs."""
@@ -449,7 +449,7 @@ def _encode(call: _Call, encoded: Tensor, noise: Tensor | None, limit: int) -> _
     tiles = count // tile.pairs + users
     parts = pairs.new_empty(tiles, width, dtype=torch.float32)
     if count and users and attention:
-        shape = (users, limit, width, depth, heads, configs.LOG2E * depth**-0.5)
+        shape = (users, width, depth, heads, configs.LOG2E * depth**-0.5)
         block = {"PAIRS": tile.pairs, "DEPTH": tile.depth, "num_warps": tile.warps}
         norms = parts
         if longest > tile.pairs:
@@ -457,7 +457,7 @@ def _encode(call: _Call, encoded: Tensor, noise: Tensor | None, limit: int) -> _
             context_statistics_kernel[(tiles, heads)](
                 qkv, norms, offsets, norms, norms, *shape, BACKWARD=False, **block
             )  # fmt: skip
-        context_pool_kernel[(tiles, heads)](qkv, offsets, norms, parts, *shape, **block)
+        context_pool_kernel[(tiles, heads)](qkv, offsets, norms, parts, limit, *shape, **block)
     elif count and users:
         context_sum_kernel[(tiles, triton.cdiv(width, tile.depth))](
             h, offsets, parts, users, limit, width, PAIRS=tile.pairs, COLUMNS=tile.depth, num_warps=tile.warps
@@ -576,11 +576,11 @@ def _attention_backward(e: _Encoded, dpooled: Tensor, users: Tensor, heads: int)
         value = e.qkv[:, 2 * width :].float() * dpooled[users]
         weights = value.view(count, heads, depth).sum(-1)
         norms, means = weights.new_empty(2, count, heads)
-        shape = (width, depth, heads, configs.LOG2E * depth**-0.5)
+        shape = (len(e.pooled), width, depth, heads, configs.LOG2E * depth**-0.5)
         block = {"PAIRS": e.tile.pairs, "DEPTH": e.tile.depth, "num_warps": e.tile.warps}
         grid = (e.tiles, heads, triton.cdiv(depth, e.tile.depth))
-        inputs, count = (e.qkv, weights, e.offsets, norms, means), len(e.pooled)
-        context_statistics_kernel[grid[:2]](*inputs, count, -1, *shape, BACKWARD=True, **block)
-        context_queries_kernel[grid](*inputs, dqkv, count, *shape, depth**-0.5, **block)
-        context_keys_kernel[grid](*inputs, dpooled, dqkv, count, *shape, depth**-0.5, **block)
+        inputs = (e.qkv, weights, e.offsets, norms, means)
+        context_statistics_kernel[grid[:2]](*inputs, *shape, BACKWARD=True, **block)
+        context_queries_kernel[grid](*inputs, dqkv, *shape, depth**-0.5, **block)
+        context_keys_kernel[grid](*inputs, dpooled, dqkv, *shape, depth**-0.5, **block)
     return dqkv
