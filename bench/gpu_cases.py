@@ -24,11 +24,13 @@ class Case(NamedTuple):
     needed: int  # multiply-adds
 
 
-def _size(*tensors: Tensor) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+def size(*tensors: Tensor | None) -> int:
+    """Bytes of all of these."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
 
 
-def _normal(*shape: int, scale: float = 1.0) -> Tensor:
+def normal(*shape: int, scale: float = 1.0) -> Tensor:
+    """Normal numbers of the dtype judged by."""
     return (scale * torch.randn(*shape)).to(DTYPE)
 
 
@@ -40,20 +42,21 @@ SIZES = {
     "prefill, 1024 rows": 1024,
 }
 USERS = 64
+LATENT = 256
 
 
 def film_cases(width: int = 4096) -> Iterator[Case]:
     """film and film_norm; in prefill a few users' tokens, in decode a user a row."""
     for name, rows in SIZES.items():
         users = min(rows, USERS) if rows <= 64 else 4
-        bank = _normal(USERS, 2 * width, scale=0.1)
+        bank = normal(USERS, 2 * width, scale=0.1)
         slots = torch.arange(rows, dtype=torch.int32) * users // rows
-        x, residual, weight = _normal(rows, width), _normal(rows, width), _normal(width)
+        x, residual, weight = normal(rows, width), normal(rows, width), normal(width)
         modulation = (bank[:, :width], bank[:, width:], slots)
-        rest = 2 * users * width * 2 + _size(slots)
-        yield Case(f"{name}, D {width}", "film", (x, *modulation), 2 * _size(x) + rest, 0)
+        rest = 2 * users * width * 2 + size(slots)
+        yield Case(f"{name}, D {width}", "film", (x, *modulation), 2 * size(x) + rest, 0)
         normed = (x, residual, *modulation, weight, 1e-5)
-        yield Case(f"{name}, D {width}", "film_norm", normed, 4 * _size(x) + rest + _size(weight), 0)
+        yield Case(f"{name}, D {width}", "film_norm", normed, 4 * size(x) + rest + size(weight), 0)
 
 
 def lora_cases(width: int = 4096) -> Iterator[Case]:
@@ -61,17 +64,29 @@ def lora_cases(width: int = 4096) -> Iterator[Case]:
     ranks, outputs = (16, 16), (width, width // 4)
     for name, rows in SIZES.items():
         users = min(rows, USERS) if rows <= 64 else 4
-        x, ys = _normal(rows, width), [_normal(rows, out) for out in outputs]
-        a, bs = _normal(sum(ranks), width), [_normal(r, out) for r, out in zip(ranks, outputs, strict=True)]
-        gamma, beta = _normal(USERS, sum(ranks)), _normal(USERS, sum(ranks))
+        x, ys = normal(rows, width), [normal(rows, out) for out in outputs]
+        a, bs = normal(sum(ranks), width), [normal(r, out) for r, out in zip(ranks, outputs, strict=True)]
+        gamma, beta = normal(USERS, sum(ranks)), normal(USERS, sum(ranks))
         slots = torch.arange(rows, dtype=torch.int32) * users // rows
-        fewest = _size(x, a, *bs, slots) + 2 * _size(*ys) + 2 * users * sum(ranks) * 2
+        fewest = size(x, a, *bs, slots) + 2 * size(*ys) + 2 * users * sum(ranks) * 2
         needed = rows * (width * sum(ranks) + sum(r * out for r, out in zip(ranks, outputs, strict=True)))
         yield Case(f"{name}, D {width}, R 16 + 16", "lora_", (x, ys, a, bs, gamma, beta, slots, 1.0), fewest, needed)
 
 
-def context_cases(latent: int = 256, heads: int = 8, columns: int = 8192) -> Iterator[Case]:
-    """context_rows_, linear inner encoder, attention. Decode sizes: few choices; prefill sizes: many users at once."""
+class Encoder(NamedTuple):
+    """Users of equally many pairs, and a context encoder of theirs: linear inner encoder, attention."""
+
+    name: str
+    data: Tensor  # [N, 2, E]
+    choices: Tensor
+    offsets: Tensor
+    weights: list[Tensor | None]
+    needed: int  # multiply-adds
+
+
+def context_encoders() -> Iterator[Encoder]:
+    """Decode sizes: few choices; prefill sizes: many users at once."""
+    latent = LATENT
     for name, users, pairs, embedding in (
         ("1 user of 10", 1, 10, 4096),
         ("1 user of 64", 1, 64, 4096),
@@ -80,22 +95,26 @@ def context_cases(latent: int = 256, heads: int = 8, columns: int = 8192) -> Ite
         ("32 users of 64", 32, 64, 384),
     ):
         shapes = [(latent, 2 * embedding), (3 * latent, latent), (latent, latent), (latent, latent), (latent, latent)]
-        linears = [(_normal(o, i, scale=i**-0.5), _normal(o)) for o, i in shapes]
-        first, qkv, out, outer0, outer1 = linears
+        first, qkv, out, outer0, outer1 = [(normal(o, i, scale=i**-0.5), normal(o)) for o, i in shapes]
         weights = [*first, None, None, *qkv, *out, *outer0, *outer1]
-        data = _normal(users * pairs, 2, embedding)
+        data = normal(users * pairs, 2, embedding)
         choices = torch.randint(2, (users * pairs,))
         offsets = torch.arange(users + 1) * pairs
-        modulation, bias, bank = _normal(columns, latent, scale=0.06), _normal(columns), _normal(users, columns)
+        needed = users * (pairs * latent * 2 * embedding + pairs * 2 * latent * latent + 4 * latent * latent)
+        yield Encoder(f"{name}, E {embedding}", data, choices, offsets, weights, needed)
+
+
+def context_cases(heads: int = 8, columns: int = 8192) -> Iterator[Case]:
+    """context_rows_."""
+    for name, data, choices, offsets, weights, needed in context_encoders():
+        users, latent = len(offsets) - 1, LATENT
+        modulation, bias, bank = normal(columns, latent, scale=0.06), normal(columns), normal(users, columns)
         slots = torch.arange(users, dtype=torch.int32)
         args = (
             bank, slots, data, choices, offsets, weights, modulation, bias, None, "linear", "self-attention", heads
         )  # fmt: skip
-        tensors = [t for linear in linears for t in linear]
-        fewest = _size(data, choices, offsets, slots, *tensors, modulation, bias, bank) + users * latent * 2
-        needed = users * (pairs * latent * 2 * embedding + pairs * 2 * latent * latent + 4 * latent * latent)
-        needed += users * columns * latent
-        yield Case(f"{name}, E {embedding}, M {columns}", "context_rows_", args, fewest, needed)
+        fewest = size(data, choices, offsets, slots, *weights, modulation, bias, bank) + users * latent * 2
+        yield Case(f"{name}, M {columns}", "context_rows_", args, fewest, needed + users * columns * latent)
 
 
 CASES: dict[str, Callable[[], Iterator[Case]]] = {"film": film_cases, "lora": lora_cases, "context": context_cases}

@@ -32,8 +32,10 @@ import torch  # noqa: E402
 from emulation import build, emulated  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
+from torch import Tensor  # noqa: E402
 
 from bench.gpu_cases import CASES, Case  # noqa: E402
+from bench.more_cases import MORE_CASES  # noqa: E402
 from bench.timing import machine  # noqa: E402
 from fssa_fast.backends import cuda, load_backend  # noqa: E402
 
@@ -49,8 +51,10 @@ class Count(NamedTuple):
     products: int
 
 
-def count_cuda(emulation: emulated.Emulation, case: Case) -> Count:
-    """By the CUDA kernels."""
+def count_cuda(emulation: emulated.Emulation, case: Case) -> Count | None:
+    """By the CUDA kernels; None where there are none of this op."""
+    if case.op not in cuda.IMPLEMENTATIONS:
+        return None
     with emulation.counting() as kernels:
         cuda.IMPLEMENTATIONS[case.op](*case.args)
     rows = list(kernels.values())
@@ -100,21 +104,38 @@ def _interpreter_counts() -> Iterator[dict[str, int]]:
         builder.create_dot, executor.__call__ = dot, launch
 
 
+def _attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, *rest: Any) -> None:
+    """Attention of new tokens over the cache, as a fused block's step does it."""
+    from fssa_fast.kernels import block
+
+    positions, sequences, table, keys, values, out = rest
+    rotary = block.Rotary(cos, sin, None, 0.0)
+    block.remember_(k, v, rotary, positions, sequences, table, keys, values)
+    block.attend_(q, rotary, positions, sequences, table, keys, values, q.shape[1] ** -0.5, 0.0, 0, out)
+
+
 def count_triton(module: Any, case: Case) -> Count:
     """By the Triton kernels."""
+    from fssa_fast.kernels import block
+
+    def adapt_(parts: Any, slots: Tensor) -> None:
+        block.adapt_([block.Part(*part) for part in parts], slots)
+
+    steps = {"adapt_": adapt_, "gate_": block.gate_, "attention": _attention}
     with _interpreter_counts() as counts:
-        module.IMPLEMENTATIONS[case.op](*case.args)
+        (module.IMPLEMENTATIONS | steps)[case.op](*case.args)
     return Count(**counts)
 
 
 def main() -> int:
     """Prints a table an op, and writes everything as JSON where a file is given."""
+    groups = CASES | MORE_CASES
     parser = argparse.ArgumentParser(prog="python -m bench.traffic", description="Bytes and products, counted.")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
-    parser.add_argument("--only", choices=CASES, help="only this op")
+    parser.add_argument("--only", choices=groups, help="only these")
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    counters: dict[str, Callable[[Case], Count]] = {}
+    counters: dict[str, Callable[[Case], Count | None]] = {}
     reason = build.missing()
     if reason is None:
         emulation = emulated.load(str(build.build(sanitized=False)))
@@ -126,7 +147,7 @@ def main() -> int:
         if missing:
             print(f"{name} is left out: {missing}")
     results, console = [], Console(width=150)
-    for title, cases in CASES.items():
+    for title, cases in groups.items():
         if arguments.only not in (None, title):
             continue
         names = ("op", "case", "kernels", "fewest", "moved", "ratio", "asked", "ratio", "products", "needed")
@@ -134,6 +155,8 @@ def main() -> int:
         for case in cases():
             for name, count in counters.items():
                 found = count(case)
+                if found is None:
+                    continue
                 row = {"op": case.op, "case": case.name, "kernels": name, "fewest": case.fewest, **found._asdict()}
                 results.append({**row, "needed": case.needed})
                 ratios = (found.moved / case.fewest, found.asked / case.fewest)

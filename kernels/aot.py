@@ -136,6 +136,9 @@ def _block(
         if rows > 256:
             return
         block.remember_(k, v, rotary, *where)
+        rows_of_pages = _empty(512, 256, kv_heads, width, dtype=dtype), _empty(512, 256, kv_heads, width, dtype=dtype)
+        turned = _empty(rows, heads, width, dtype=dtype)
+        block.turn_(q, k, v, rotary, rotary, *where[:3], turned, *rows_of_pages)
         gates = _empty(rows, 2 * inner, dtype=dtype)
         block.gate_(gates[:, :inner], gates[:, inner:], _empty(rows, inner, dtype=dtype), silu=True)
 

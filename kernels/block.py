@@ -130,6 +130,40 @@ def remember_kernel(
 
 
 @triton.jit
+def turn_kernel(
+    q_ptr, k_ptr, v_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr, positions_ptr, sequences_ptr, table_ptr, turned_ptr,
+    keys_ptr, values_ptr, heads, kv_heads, width, half, eps, q_stride, k_stride, v_stride, table_stride, page_size,
+    NORM: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Queries after norm and rotary position; keys likewise, and values, into pages of rows; program (token)."""
+    token = tl.program_id(0).to(tl.int64)
+    position = tl.load(positions_ptr + token).to(tl.int64)
+    sequence = tl.load(sequences_ptr + token).to(tl.int64)
+    page = tl.load(table_ptr + tl.maximum(sequence, 0) * table_stride + position // page_size).to(tl.int64)
+    cos = cos_ptr + position * width
+    sin = sin_ptr + position * width
+    h = tl.arange(0, HALF)
+    d = tl.arange(0, WIDTH)
+    i = tl.arange(0, HEADS)
+    met = i < heads
+    low, high = _turned(q_ptr + token * q_stride + i * width, met, q_norm_ptr, cos, sin, half, eps, NORM, HALF)
+    at = turned_ptr + ((token * heads + i) * width)[:, None] + h[None, :]
+    mask = met[:, None] & (h < half)[None, :]
+    store(at, low, mask)
+    store(at + half, high, mask)
+    g = tl.arange(0, KV_HEADS)
+    met = g < tl.where(sequence < 0, 0, kv_heads)
+    low, high = _turned(k_ptr + token * k_stride + g * width, met, k_norm_ptr, cos, sin, half, eps, NORM, HALF)
+    row = ((page * page_size + position % page_size) * kv_heads + g) * width
+    mask = met[:, None] & (h < half)[None, :]
+    store(keys_ptr + row[:, None] + h[None, :], low, mask)
+    store(keys_ptr + row[:, None] + half + h[None, :], high, mask)
+    mask = met[:, None] & (d < width)[None, :]
+    value = tl.load(v_ptr + token * v_stride + (g * width)[:, None] + d[None, :], mask=mask, other=0.0)
+    tl.store(values_ptr + row[:, None] + d[None, :], value, mask=mask)
+
+
+@triton.jit
 def _tanh(x):
     """tanh within some roundings of its value; where it is small, by a continued fraction, since 1 - exp cancels."""
     square = x * x
@@ -351,6 +385,25 @@ def remember_(
         values, heads, width, width // 2, rotary.eps, k.stride(0), v.stride(0), table.stride(0),
         NORM=rotary.norm is not None, PAGE=page, HEADS=triton.next_power_of_2(heads),
         HALF=triton.next_power_of_2(width // 2), WIDTH=triton.next_power_of_2(width), num_warps=4,
+    )  # fmt: skip
+
+
+def turn_(
+    q: Tensor, k: Tensor, v: Tensor, queries: Rotary, others: Rotary, positions: Tensor, sequences: Tensor,
+    table: Tensor, turned: Tensor, keys: Tensor, values: Tensor,
+) -> None:  # fmt: skip
+    """For another kernel's attention: queries into turned [N, heads, head_width], keys and values into a cache.
+
+    The cache holds [pages, positions, kv_heads, head_width] of each. In one launch.
+    """
+    _, page, kv_heads, width = keys.shape
+    heads = turned.shape[1]
+    norms = (q, k) if queries.norm is None else (queries.norm, others.norm)
+    turn_kernel[(len(q),)](
+        q, k, v, *norms, queries.cos, queries.sin, positions, sequences, table, turned, keys, values, heads, kv_heads,
+        width, width // 2, queries.eps, q.stride(0), k.stride(0), v.stride(0), table.stride(0), page,
+        NORM=queries.norm is not None, HEADS=triton.next_power_of_2(heads), KV_HEADS=triton.next_power_of_2(kv_heads),
+        HALF=triton.next_power_of_2(width // 2), WIDTH=triton.next_power_of_2(width), num_warps=8,
     )  # fmt: skip
 
 

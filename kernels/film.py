@@ -159,20 +159,23 @@ def _columns(
     grad: Tensor, grad_normed: Tensor, x: Tensor, residual: Tensor, scale: Tensor, shift: Tensor, slots: Tensor,
     weight: Tensor, inverse: Tensor, pull: Tensor, group: int, norm: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Launches `film_columns_kernel` on rows; returns dx and the sums over each slot's rows: [S, D], float32."""
+    """Launches `film_columns_kernel` on rows; returns dx, and dscale and dshift [S, D] and dweight [D] in any dtype."""
     (count, width), bank = x.shape, scale.shape[0]
     tile = configs.column_tile(count, width, bank)
     order, starts = slot_segments(slots, bank)
     dx = x.new_empty(x.shape)
-    sums = x.new_empty(3 if norm else 2, tile.splits, bank, width, dtype=torch.float32)
+    # Nothing is added to the sum of a single split: it is rounded where it is made.
+    shape, dtype = (tile.splits, bank, width), x.dtype if tile.splits == 1 else torch.float32
+    dscales, dshifts = x.new_empty(shape, dtype=dtype), x.new_empty(shape, dtype=dtype)
+    dweights = x.new_empty(shape, dtype=torch.float32) if norm else dscales
     film_columns_kernel[(bank, triton.cdiv(width, tile.columns), tile.splits)](
-        grad, grad_normed, x, residual, scale, shift, weight, inverse, pull, order, starts, dx, sums[0], sums[1],
-        sums[-1], bank, width, group, grad.stride(0), grad_normed.stride(0), x.stride(0), residual.stride(0),
+        grad, grad_normed, x, residual, scale, shift, weight, inverse, pull, order, starts, dx, dscales, dshifts,
+        dweights, bank, width, group, grad.stride(0), grad_normed.stride(0), x.stride(0), residual.stride(0),
         *scale.stride(), *shift.stride(), NORM=norm, SPLITS=tile.splits, ROWS=tile.rows, COLUMNS=tile.columns,
         num_warps=tile.warps,
     )  # fmt: skip
-    dscale, dshift, *dweight = (part.sum(0) for part in sums)
-    return dx, dscale, dshift, dweight[0].sum(0) if norm else dshift
+    dscale, dshift = (sums[0] if tile.splits == 1 else sums.sum(0) for sums in (dscales, dshifts))
+    return dx, dscale, dshift, dweights.sum((0, 1)) if norm else dshift
 
 
 def film_backward(
