@@ -389,8 +389,8 @@ def test_close_ends_what_runs():
 
 
 def test_blocks_are_shared_and_kept():
-    pool, keys = BlockPool(4), prefix_keys(b"user", list(range(70)))
-    assert len(keys) == 2 and keys != prefix_keys(b"other", list(range(70)))
+    pool, keys = BlockPool(4), prefix_keys(b"user", list(range(70)), 32)
+    assert len(keys) == 2 and keys != prefix_keys(b"other", list(range(70)), 32)
     first = [pool.take(), pool.take()]
     for block, key in zip(first, keys, strict=True):
         pool.learn(block, key)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, Protocol
 
 import torch
@@ -73,6 +74,7 @@ class BlockOps(Protocol):
     """The steps of a fused block. n tokens; `slots`, `positions`, `sequences` are int32 [n]."""
 
     capturable: bool  # whether steps on a GPU can be captured in a graph: nothing waits for it or reads from it
+    cache_block: int  # positions of a block of the cache
 
     def pack(self, weight: Tensor) -> Packed:
         """A weight [O, I], copied into the form that `linear` and `adapt` take."""
@@ -115,29 +117,48 @@ class BlockOps(Protocol):
         """Norms of queries and keys, rotary positions, the write into the cache, attention up to each token itself."""
 
 
-def ops_for(device: torch.device, dtype: torch.dtype) -> BlockOps:
+ATTENTION = ("auto", "flash-attn", "own")
+
+
+def ops_for(device: torch.device, dtype: torch.dtype, head_width: int, attention: str = "auto") -> BlockOps:
     """The steps by the backend chosen, which then takes this dtype on this device or raises BackendError.
 
-    Left to itself: the native core for the CPU, Triton for a GPU, else the definitions.
+    Left to itself: the native core for the CPU, Triton for a GPU, else the definitions. attention: by flash-attn, which
+    runs beside Triton, where "auto" finds it and it takes such heads; by our own kernels; "flash-attn" takes it or
+    raises BackendError.
     """
+    if attention not in ATTENTION:
+        raise ValueError(f"attention: expected one of {', '.join(ATTENTION)}, got {attention!r}")
     chosen = chosen_backend()
-    if chosen == "reference":
-        return PlainOps()
     name = chosen if chosen != "auto" else "cpu" if device.type == "cpu" else "triton"
+    if attention == "flash-attn" and name != "triton":
+        raise BackendError(f"flash-attn was asked for but runs beside the backend 'triton' only, not {name!r}")
+    if name == "reference":
+        return PlainOps()
     try:
-        return _ops_of(name, device, dtype)
+        return _ops_of(name, device, dtype, head_width, attention)
     except (BackendError, ImportError) as reason:
-        if chosen != "auto":
-            raise BackendError(f"backend {name!r} was asked for but cannot run the fused form: {reason}") from reason
+        if chosen != "auto" or attention == "flash-attn":
+            asked = attention if attention == "flash-attn" else f"backend {name!r}"
+            raise BackendError(f"{asked} was asked for but cannot run the fused form: {reason}") from reason
         logger.warning("the fused form runs by its definitions in PyTorch (%s: %s)", name, reason)
         return PlainOps()
 
 
-def _ops_of(name: str, device: torch.device, dtype: torch.dtype) -> BlockOps:
+def _ops_of(name: str, device: torch.device, dtype: torch.dtype, head_width: int, attention: str) -> BlockOps:
     if name == "triton":
-        from fssa_fast.generation.triton_ops import TritonOps  # needs triton
+        from fssa_fast.generation.flash_ops import flash_ops  # needs triton
+        from fssa_fast.generation.triton_ops import TritonOps
 
-        return TritonOps(device, dtype)
+        own = TritonOps(device, dtype)
+        if attention == "flash-attn":
+            return flash_ops(device, dtype, head_width)
+        if attention == "auto" and find_spec("flash_attn") is not None:
+            try:
+                return flash_ops(device, dtype, head_width)
+            except BackendError as missing:
+                logger.warning("attention runs by our own kernels: %s", missing)
+        return own
     if name != "cpu":
         raise BackendError("it has no steps of a block")
     core, reason = load_native()
@@ -154,6 +175,7 @@ class NativeOps:
     """The steps by the native core, on the CPU."""
 
     capturable = False
+    cache_block = BLOCK
 
     def __init__(self, core: Any) -> None:
         self._core = core
@@ -246,6 +268,7 @@ class PlainOps:
     """The definitions of the steps, in PyTorch: any device, any dtype."""
 
     capturable = False
+    cache_block = BLOCK
 
     def pack(self, weight: Tensor) -> Packed:
         return Packed(weight.detach().clone(), *weight.shape)

@@ -7,18 +7,16 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 
-from fssa_fast.generation.cache import BLOCK
 
-
-def prefix_keys(root: bytes, tokens: Sequence[int], known: Sequence[bytes] = ()) -> list[bytes]:
-    """A key for every full block of a sequence: it stands for the root and all tokens up to the block's end.
+def prefix_keys(root: bytes, tokens: Sequence[int], size: int, known: Sequence[bytes] = ()) -> list[bytes]:
+    """A key for every full block of `size` tokens: it stands for the root and all tokens up to the block's end.
 
     known: the keys of the first blocks, where they have been computed before.
     """
     keys = list(known)
-    for start in range(len(keys) * BLOCK, len(tokens) - BLOCK + 1, BLOCK):
+    for start in range(len(keys) * size, len(tokens) - size + 1, size):
         before = keys[-1] if keys else root
-        block = array("q", tokens[start : start + BLOCK]).tobytes()
+        block = array("q", tokens[start : start + size]).tobytes()
         keys.append(hashlib.blake2b(before + block, digest_size=16).digest())
     return keys
 

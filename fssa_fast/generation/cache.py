@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-BLOCK = 32  # positions of a block
+BLOCK = 32  # positions of a block, but where the steps ask for other ones
 
 
 class BlockCache:
-    """Keys and values of up to S sequences of different lengths, in N blocks of 32 positions, allocated once.
+    """Keys and values of up to S sequences of different lengths, in N blocks of B positions, allocated once.
 
-    `table` [S, P] says in which block positions 32 p .. 32 p + 31 of a sequence lie. Blocks are handed out and taken
+    `table` [S, P] says in which block positions B p .. B p + B - 1 of a sequence lie. Blocks are handed out and taken
     back by their owner; this class only holds them. Block 0 belongs to nobody: rows of the table that are not in use
     name it.
     """
@@ -25,17 +25,18 @@ class BlockCache:
         sequences: int,
         max_length: int,
         blocks: int | None = None,
+        block: int = BLOCK,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        across = -(-max_length // BLOCK)
-        self.max_length = max_length
+        across = -(-max_length // block)
+        self.max_length, self.block = max_length, block
         self.blocks = 1 + (sequences * across if blocks is None else blocks)
-        size = kv_heads * head_width * BLOCK
+        size = kv_heads * head_width * block
 
         def new() -> Tensor:
             # The native steps read up to 31 elements past the last block's end.
-            return torch.zeros(layers, self.blocks * size + BLOCK, dtype=dtype, device=device)
+            return torch.zeros(layers, self.blocks * size + block, dtype=dtype, device=device)
 
         self._keys, self._values = new(), new()
         self._shape = self.blocks, kv_heads, head_width
@@ -43,11 +44,17 @@ class BlockCache:
         self.table = torch.zeros(sequences, across, dtype=torch.int32, device=device)
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
-        """A block's keys [N, kv_heads, head_width, 32] and values [N, kv_heads, 32, head_width]."""
+        """A model block's keys [N, kv_heads, head_width, B] and values [N, kv_heads, B, head_width]."""
         blocks, heads, width = self._shape
-        keys = self._keys[index, : self._size].view(blocks, heads, width, BLOCK)
-        values = self._values[index, : self._size].view(blocks, heads, BLOCK, width)
+        keys = self._keys[index, : self._size].view(blocks, heads, width, self.block)
+        values = self._values[index, : self._size].view(blocks, heads, self.block, width)
         return keys, values
+
+    def layer_of_rows(self, index: int) -> tuple[Tensor, Tensor]:
+        """The same memory for steps that keep a position's heads side by side: both [N, B, kv_heads, head_width]."""
+        blocks, heads, width = self._shape
+        keys, values = (held[index, : self._size] for held in (self._keys, self._values))
+        return keys.view(blocks, self.block, heads, width), values.view(blocks, self.block, heads, width)
 
     @property
     def nbytes(self) -> int:

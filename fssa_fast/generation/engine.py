@@ -4,7 +4,7 @@ It stands on the fused form and its own cache in blocks, not on transformers' co
 a dense mask for every step and runs the model as it is. A step serves every running request: one token of those that
 decode, and a piece of their prompts for those that have just come. The fused form's rows do not depend on each other,
 so a request's tokens are those that it gets alone, whoever comes, leaves, or is put back meanwhile (with the native CPU
-steps bit for bit; elsewhere within the rounding of PyTorch's products).
+steps bit for bit; elsewhere within the rounding of PyTorch's products, and of flash-attn's attention).
 
 What a user has computed is found again for the same user with the same row of the bank only: the beginning of a prompt
 is never shared between users, nor between versions of one.
@@ -27,7 +27,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fssa_fast.generation.blocks import BlockPool, prefix_keys
-from fssa_fast.generation.cache import BLOCK
 from fssa_fast.generation.prompts import Message, prompt_ids
 from fssa_fast.generation.requests import Handle, Reason, Request, Result, first_stop
 from fssa_fast.generation.sampling import Sampler, Sampling
@@ -57,7 +56,8 @@ class Engine:
     Args:
         policy: fused, or it is fused now.
         max_rows: how many requests run at once.
-        max_tokens: tokens in the cache, of all requests together (rounded up to blocks of 32).
+        max_tokens: tokens in the cache, of all requests together, rounded up to its blocks: of 32, or 256 with
+            flash-attn.
         max_length: tokens of one request, prompt and answer; None: as many as the cache or the model has room for.
         max_waiting: how many requests may wait beside those that run.
         step_tokens: at most so many tokens a step: prompts beyond it are computed in pieces while others decode.
@@ -85,8 +85,9 @@ class Engine:
         if step_tokens < max_rows:
             raise ValueError(f"step_tokens: expected at least max_rows, {max_rows}, got {step_tokens}")
         fused = policy.fused or policy.fuse()
-        blocks = -(-max_tokens // BLOCK)
-        room = min(fused.max_positions, blocks * BLOCK)
+        self._block = fused.ops.cache_block
+        blocks = -(-max_tokens // self._block)
+        room = min(fused.max_positions, blocks * self._block)
         self.max_length = room if max_length is None else max_length
         if not 0 < self.max_length <= room:
             raise ValueError(
@@ -296,15 +297,15 @@ class Engine:
         """Lets waiting requests join, the first to come first, as long as there are rows and blocks for them."""
         while self._rows and self._waiting:
             request = self._waiting[0]
-            request.keys = prefix_keys(request.root, request.tokens, request.keys)
+            request.keys = prefix_keys(request.root, request.tokens, self._block, request.keys)
             # One token at least is computed, for its logits.
-            found = self._pool.find(request.keys[: (len(request.tokens) - 1) // BLOCK])
-            if -(-(len(request.tokens) + 1) // BLOCK) - len(found) > self._pool.available:
+            found = self._pool.find(request.keys[: (len(request.tokens) - 1) // self._block])
+            if -(-(len(request.tokens) + 1) // self._block) - len(found) > self._pool.available:
                 self._pool.give_back(found)
                 return
             with self._state:
                 self._waiting.popleft()
-            request.row, request.blocks, request.computed = self._rows.pop(), found, len(found) * BLOCK
+            request.row, request.blocks, request.computed = self._rows.pop(), found, len(found) * self._block
             self._running.append(request)
 
     def _plan(self) -> list[tuple[Request, int]]:
@@ -316,7 +317,7 @@ class Engine:
             count = min(left, len(request.tokens) - request.computed)
             if count == 0 or request not in self._running:
                 continue
-            if self._extend(request, -(-(request.computed + count) // BLOCK)):
+            if self._extend(request, -(-(request.computed + count) // self._block)):
                 batch.append((request, count))
                 left -= count
         return [(request, count) for request, count in batch if request in self._running]
@@ -377,11 +378,11 @@ class Engine:
 
     def _computed(self, request: Request, count: int) -> None:
         """Makes the blocks known that these tokens have filled."""
-        first = request.computed // BLOCK
+        first = request.computed // self._block
         request.computed += count
-        if request.computed // BLOCK > first:
-            request.keys = prefix_keys(request.root, request.tokens, request.keys)
-        for index in range(first, request.computed // BLOCK):
+        if request.computed // self._block > first:
+            request.keys = prefix_keys(request.root, request.tokens, self._block, request.keys)
+        for index in range(first, request.computed // self._block):
             self._pool.learn(request.blocks[index], request.keys[index])
 
     def _advance(self, request: Request, token: int) -> None:

@@ -75,13 +75,14 @@ class FusedModel:
     Raises: CannotFuse for an architecture, a projection, a rope or a hook that it does not know.
     """
 
-    def __init__(self, policy: SteerablePolicy, max_positions: int | None = None) -> None:
+    def __init__(self, policy: SteerablePolicy, max_positions: int | None = None, attention: str = "auto") -> None:
         model = policy.model
         _check(policy)
         self.policy, self.model = policy, model
         self.config = model.config.get_text_config()
         self.dtype, self.device = model.dtype, policy.device
-        self.ops = ops_for(self.device, self.dtype)
+        head_width = model.model.layers[0].self_attn.head_dim
+        self.ops = ops_for(self.device, self.dtype, head_width, attention)
         captures = self.device.type == "cuda" and self.ops.capturable
         self.graphs = CudaGraphs(self.device) if captures else None
         self.max_positions = max_positions or self.config.max_position_embeddings
@@ -116,7 +117,7 @@ class FusedModel:
         return sum(weight.data.nbytes for weight in weights)
 
     def new_cache(self, sequences: int, max_length: int, blocks: int | None = None) -> BlockCache:
-        """A cache for that many sequences of at most max_length positions; `blocks` of 32 in all (None: for all)."""
+        """A cache for that many sequences of at most max_length positions; `blocks` in all (None: for all)."""
         if not 0 < max_length <= self.max_positions:
             raise ValueError(
                 f"max_length: expected at most the {self.max_positions} positions of the model, got {max_length}"
@@ -129,6 +130,7 @@ class FusedModel:
             sequences=sequences,
             max_length=max_length,
             blocks=blocks,
+            block=self.ops.cache_block,
             dtype=self.dtype,
             device=self.device,
         )
@@ -143,7 +145,7 @@ class FusedModel:
         cache: BlockCache,
         logits_of: Tensor | None = None,
     ) -> Tensor:
-        """One step over n tokens, of any sequences, in any order.
+        """One step over n tokens, of any sequences, in any order; one sequence's follow one another in position.
 
         Args:
             ids: token ids [n]. slots: of the bank, [n]. sequences: rows of the cache's table, [n].

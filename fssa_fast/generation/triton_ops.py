@@ -25,6 +25,7 @@ class TritonOps:
     """
 
     capturable = True
+    cache_block = BLOCK
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         module, reason = load_backend("triton")
@@ -100,14 +101,15 @@ class TritonOps:
 
         def run() -> None:
             if self._reads:
-                _check_range("sequences", sequences, len(cache.table))
-                _check_range("positions", positions, min(len(s.cos), cache.table.shape[1] * BLOCK))
+                check_range("sequences", sequences, len(cache.table))
+                check_range("positions", positions, min(len(s.cos), cache.table.shape[1] * cache.block))
             block.remember_(k, v, others, *where)
             block.attend_(q, queries, *where, s.scale, s.softcap, s.window, out)
 
         return run
 
 
-def _check_range(name: str, values: Tensor, limit: int) -> None:
+def check_range(name: str, values: Tensor, limit: int) -> None:
+    """Raises IndexError for a value of `limit` or more."""
     if values.numel() and int(values.max()) >= limit:
         raise IndexError(f"{name}: expected numbers below {limit}, got {int(values.max())}")

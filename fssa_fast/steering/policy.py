@@ -273,15 +273,21 @@ class SteerablePolicy(nn.Module):
     fused: FusedModel | None = None
     """The fused form, once `fuse` has made it."""
 
-    def fuse(self, *, max_positions: int | None = None) -> FusedModel:
+    def fuse(self, *, max_positions: int | None = None, attention: str = "auto") -> FusedModel:
         """Makes the fused form of the model as it is now, for inference; see `fssa_fast.generation.FusedModel`.
 
         The model and its parameters stay as they are; the packed weights take as much memory again. After training,
-        fuse again. max_positions: the longest sequence it will serve; None takes the model's own limit.
+        fuse again.
 
-        Raises: CannotFuse for a model that has no fused form which computes the same.
+        Args:
+            max_positions: the longest sequence it will serve; None takes the model's own limit.
+            attention: on a GPU, by "flash-attn" or by our "own" kernels; "auto": by flash-attn where it is installed
+                and takes the model's dtype and heads.
+
+        Raises: CannotFuse for a model that has no fused form which computes the same; BackendError where flash-attn was
+            asked for and cannot run; ValueError for another attention.
         """
-        self.fused = FusedModel(self, max_positions)
+        self.fused = FusedModel(self, max_positions, attention)
         return self.fused
 
     def unfuse(self) -> None:
