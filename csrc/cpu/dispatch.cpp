@@ -11,6 +11,9 @@ FSSA_DECLARE_OPS(scalar)
 FSSA_DECLARE_OPS(avx2)
 FSSA_DECLARE_OPS(avx512)
 #endif
+#if defined(FSSA_AVX512_BF16)
+FSSA_DECLARE_OPS(avx512_bf16)
+#endif
 
 namespace fssa {
 namespace {
@@ -37,6 +40,14 @@ struct Isa {
   ISA::film, ISA::film_norm, ISA::film_backward, ISA::film_norm_backward, ISA::lora, ISA::lora_backward, ISA::context, \
       ISA::context_rows, ISA::context_backward, ISA::linear, ISA::adapt, ISA::gate, ISA::attention
 
+#if defined(FSSA_X86)
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
+}
+#endif
+
 const Isa isas[] = {  // the best last
     {"scalar", [] { return true; }, FSSA_OPS(scalar)},
 #if defined(FSSA_X86)
@@ -45,13 +56,10 @@ const Isa isas[] = {  // the best last
        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
      },
      FSSA_OPS(avx2)},
-    {"avx512",
-     [] {
-       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-              __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-     },
-     FSSA_OPS(avx512)},
+    {"avx512", has_avx512, FSSA_OPS(avx512)},
+#endif
+#if defined(FSSA_AVX512_BF16)
+    {"avx512_bf16", [] { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }, FSSA_OPS(avx512_bf16)},
 #endif
 };
 
@@ -59,11 +67,8 @@ const Isa &named(const char *name, const char *source) {
   for (const Isa &isa : isas) {
     if (std::strcmp(isa.name, name) == 0) return isa;
   }
-#if defined(FSSA_X86)
-  fail(FSSA_BAD_VALUE, "%s: expected scalar, avx2 or avx512, got %s", source, name);
-#else
-  fail(FSSA_BAD_VALUE, "%s: expected scalar, got %s", source, name);
-#endif
+  const char *known = sizeof(isas) / sizeof(*isas) == 1 ? "scalar" : "scalar, avx2, avx512 or avx512_bf16";
+  fail(FSSA_BAD_VALUE, "%s: expected %s, got %s", source, known, name);
 }
 
 const Isa &usable(const char *name, const char *source) {

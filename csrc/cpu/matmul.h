@@ -71,6 +71,55 @@ FSSA_INLINE void dot_tile(const X *const *x, const W *const *w, int64_t depth, f
   }
 }
 
+// Whether rows of X and of W are multiplied as they are, two elements a lane, rather than each made a float first.
+template <class X, class W>
+struct InPairs {
+  static constexpr bool value = false;
+};
+
+#if defined(__AVX512BF16__)
+template <>
+struct InPairs<bfloat16, bfloat16> {
+  static constexpr bool value = true;
+};
+
+FSSA_INLINE __m512bh load_pairs(const bfloat16 *p) { return (__m512bh)_mm512_loadu_si512(p); }
+FSSA_INLINE __m512bh load_pairs(const bfloat16 *p, int64_t n) {
+  return (__m512bh)_mm512_maskz_loadu_epi16(static_cast<__mmask32>((1u << n) - 1), p);
+}
+
+// Products are exact, sums float32; numbers too small to be normal count as zero.
+template <int ROWS>
+FSSA_INLINE void dot_tile(
+    const bfloat16 *const *x, const bfloat16 *const *w, int64_t depth, float *out, int64_t out_stride, bool add) {
+  constexpr int64_t STEP = 2 * WIDTH;
+  Vec sums[ROWS][DOT_COLUMNS] = {};
+  const int64_t whole = depth / STEP * STEP;
+  for (int64_t k = 0; k < whole; k += STEP) {
+    __m512bh rows[ROWS];
+    FSSA_UNROLL for (int i = 0; i < ROWS; i++) rows[i] = load_pairs(x[i] + k);
+    FSSA_UNROLL for (int j = 0; j < DOT_COLUMNS; j++) {
+      const __m512bh column = load_pairs(w[j] + k);
+      FSSA_UNROLL for (int i = 0; i < ROWS; i++) sums[i][j] = _mm512_dpbf16_ps(sums[i][j], rows[i], column);
+    }
+  }
+  if (whole < depth) {
+    FSSA_UNROLL for (int j = 0; j < DOT_COLUMNS; j++) {
+      const __m512bh column = load_pairs(w[j] + whole, depth - whole);
+      FSSA_UNROLL for (int i = 0; i < ROWS; i++) {
+        sums[i][j] = _mm512_dpbf16_ps(sums[i][j], load_pairs(x[i] + whole, depth - whole), column);
+      }
+    }
+  }
+  FSSA_UNROLL for (int i = 0; i < ROWS; i++) {
+    store_sums(out + i * out_stride, sums[i][0], sums[i][1], sums[i][2], sums[i][3], add);
+  }
+}
+#endif
+
+template <class T>
+T element_of(const T *);
+
 // `count` rows (at most DOT_ROWS) by up to four columns.
 template <int ROWS, class X, class W>
 static void dot_rows(
@@ -112,14 +161,16 @@ static void dots(
     bool add = false) {
   using X = decltype(x(0));
   constexpr int64_t BLOCK = 96;
-  const int64_t blocks = (depth + DOT_DEPTH - 1) / DOT_DEPTH;
+  constexpr bool in_pairs = InPairs<decltype(element_of(x(0))), W>::value;
+  constexpr int64_t most = in_pairs ? 2 * DOT_DEPTH : DOT_DEPTH;
+  const int64_t blocks = (depth + most - 1) / most;
   const int64_t step = blocks ? ((depth + blocks - 1) / blocks + 15) / 16 * 16 : 1;
   if (depth == 0 && !add) {
     for (int64_t m = 0; m < rows; m++) memset(out + m * out_stride, 0, columns * sizeof(float));
   }
   for (int64_t m = 0; m < rows; m += BLOCK) {
     const int64_t count = lesser(BLOCK, rows - m);
-    const bool pack = count >= DOT_PACK_ROWS && columns >= DOT_PACK_COLUMNS;
+    const bool pack = !in_pairs && count >= DOT_PACK_ROWS && columns >= DOT_PACK_COLUMNS;
     Scratch scratch;
     float *packed = pack ? scratch.floats(BLOCK * step) : nullptr;
     for (int64_t k = 0; k < depth; k += step) {

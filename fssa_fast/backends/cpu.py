@@ -27,7 +27,7 @@ from fssa_fast.backends.native_ops import ForwardOps
 NAME = "cpu"
 DEVICES = {"cpu"}
 
-ISAS = ("scalar", "avx2", "avx512")
+ISAS = ("scalar", "avx2", "avx512", "avx512_bf16")
 
 _core, _reason = load_native()
 
