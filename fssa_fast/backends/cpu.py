@@ -52,9 +52,9 @@ _WIDE_RANK, _DECODE_ROWS = 64, 64
 def prefers(op: str, args: Sequence[Any]) -> bool:
     """False where the definition has to run (pairs of a dtype that is not taken), or was measured to be faster.
 
-    That is lora in bfloat16 at high ranks on processors that multiply bfloat16, which PyTorch's products use and ours
-    do not (bench/results/ops.json). At the row counts of decoding ours runs all the same: its rows do not depend on
-    their batch.
+    That is lora in bfloat16 at high ranks on processors that multiply bfloat16, which PyTorch's products use both ways
+    and ours on the way to the ranks only (bench/results/ops.json). At the row counts of decoding ours runs all the
+    same: its rows do not depend on their batch.
     """
     if op in ("lora", "lora_"):
         x, _, a = args[:3]
