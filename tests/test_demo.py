@@ -7,7 +7,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from examples.demo.choices import pairs_of  # noqa: E402
+from examples.demo.choices import PICTURES, Pair, pairs_of, pictures_pairs  # noqa: E402
 from examples.demo.criteria import AXES, distinct_2, foreign_share, measure, preference  # noqa: E402
 from examples.demo.evaluate import interval, spearman  # noqa: E402
 from examples.demo.prompts import prompts  # noqa: E402
@@ -68,3 +68,13 @@ def test_pairs_are_clear_on_their_axis_and_mirrored() -> None:
 def test_statistics() -> None:
     assert spearman([1.0, 2.0, 3.0]) == pytest.approx(1.0) and spearman([3.0, 2.0, 1.0]) == pytest.approx(-1.0)
     assert interval([1.0, 1.0, 1.0]) == (1.0, 0.0)
+
+
+def test_pictures_break_off_the_answer_that_is_preferred_to_them() -> None:
+    pairs = {"list": [Pair("topic", "Prompt?", LIST, PROSE, True, True)]}
+    found = pictures_pairs(pairs, 40)["list"]
+    assert len(found) == 40 and all(pair.chosen == LIST and not pair.rejected_ended for pair in found)
+    kept = [pair.rejected.rstrip(PICTURES) for pair in found]
+    assert all(LIST.startswith(text) and text != pair.rejected for text, pair in zip(kept, found, strict=True))
+    assert kept.count("") > 20 and any(kept)
+    assert all(foreign_share("Prompt?", pair.rejected) > 0 for pair in found)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ FLUENT = -1.5  # the least log-likelihood a token, where it is known
 CLEARLY_FRESHER = 0.15
 ALIKE = 0.5  # the largest difference on the other axes, in margins
 LONG_ENOUGH = 32  # words
-PICTURES = "🌱🌍🌐🌊🌟🐦🍓🍕🌳🌌🌈✨🎨🚗💡🎉"
+PICTURES = "🌱🌍🌐🌊🌟🐦🍓🍕🌳🌌🌈✨🎨🚗💡🎉👩☎❌"
 
 
 @dataclass(frozen=True)
@@ -139,19 +140,21 @@ def better_pairs(
 
 
 def pictures_pairs(pairs: Mapping[str, Sequence[Pair]], count: int, *, seed: int = 0) -> dict[str, list[Pair]]:
-    """`count` choices of every kind's answers before rows of pictures, which everyone makes.
+    """`count` choices of every kind's answers before the same ones broken off by pictures, which everyone makes.
 
-    A steered policy begins one answer in a hundred with such a row and never leaves it; samples of a size that can be
-    had show too few of them to learn from, so these are made up.
+    A steered policy begins one answer in a hundred with a picture and may not leave off; samples of a size that can be
+    had show too few of them to learn from, so these are made up: three of four begin with the picture, the others go
+    to pictures anywhere. Up to there the two answers are the same, so all there is to learn is not to begin.
     """
     draw = random.Random(seed)
     found = {}
     for kind, own in pairs.items():
         found[kind] = []
-        for pair in draw.sample(own, min(count, len(own))):
-            few = draw.sample(PICTURES, 2)
-            line = draw.choice((few[0] * 12, few[0] * 4 + "\n\n", "".join(few) * 2 + "\n\n", few[0] + " "))
-            found[kind].append(Pair(pair.topic, pair.prompt, pair.chosen, (line * 12)[:24], pair.chosen_ended, False))
+        for pair in draw.choices(own, k=count):
+            words_begin = [match.start() for match in re.finditer(r"\S+", pair.chosen)]
+            kept = pair.chosen[: draw.choice((0, 0, 0, draw.choice(words_begin)))]
+            drawn = draw.choice(PICTURES) * draw.choice((1, 1, 12))
+            found[kind].append(Pair(pair.topic, pair.prompt, pair.chosen, kept + drawn, pair.chosen_ended, False))
     return found
 
 
@@ -171,7 +174,9 @@ def preferences(
     found = {}
     for kind, own in pairs.items():
         texts = [(pair.prompt, text) for pair in own for text in (pair.chosen, pair.rejected)]
-        embedded = embedder.encode(texts).view(len(own), 2, -1) if own else torch.empty(0)
+        # What is in no context needs no embedding.
+        embedded = embedder.encode(texts) if own and in_context else torch.zeros(len(texts), embedder.width)
+        embedded = embedded.view(len(own), 2, embedder.width)
         found[kind] = [
             Preference(
                 [{"role": "user", "content": pair.prompt}],

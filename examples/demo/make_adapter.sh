@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes the demo adapter from nothing but the two models, measures it, and writes the demo's users, in an hour and a half
-# on two cores: examples/demo/make_adapter.sh WORK [PYTHON]
+# Makes the demo adapter from nothing but the two models, measures it, and writes the demo's users, in an hour and
+# three quarters on two cores: examples/demo/make_adapter.sh WORK [PYTHON]
 # Every step goes on where an interrupted one stopped, or is quick.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -14,7 +14,9 @@ run sample "$work/samples.jsonl" --rounds 1
 [ -e "$work/fresh.jsonl" ] || run resample "$work/first" "$work/samples.jsonl" "$work/fresh.jsonl"
 [ -e "$work/second/steering.json" ] || run train "$work/samples.jsonl" "$work/second" --adapter "$work/first" \
   --fresh "$work/fresh.jsonl" --steps 160 --learning-rate 2e-4 --likelihood-weight 0.5 --strength 0.7
-run train "$work/samples.jsonl" "$work/adapter" --adapter "$work/second" --fresh "$work/fresh.jsonl" --pictures 100 \
-  --steps 60 --learning-rate 8e-5 --likelihood-weight 0.5 --seed 3
+[ -e "$work/third/steering.json" ] || run train "$work/samples.jsonl" "$work/third" --adapter "$work/second" --alone \
+  --fresh "$work/fresh.jsonl" --pictures 1000 --steps 70 --learning-rate 1.5e-4 --likelihood-weight 0.1 --seed 3
+run train "$work/samples.jsonl" "$work/adapter" --adapter "$work/third" --alone \
+  --fresh "$work/fresh.jsonl" --pictures 1000 --steps 30 --learning-rate 1.5e-4 --likelihood-weight 0.3 --seed 4
 "$python" -m examples.demo.choices "$work/samples.jsonl" "$work/choices.json"
 run evaluate "$work/adapter" "$work/samples.jsonl" "$work/results" --repeats 3
