@@ -77,10 +77,11 @@ def test_expand_is_launched_early_where_the_chip_can(tmp_path: Path) -> None:
 def test_the_whole_table_can_run() -> None:
     """No row of it is a fault by itself, and tensor cores do every product of 16-bit numbers."""
     table = aot.table()
+    without = {"lora_ranks", "context_sum", "remember", "turn", "gate", "join"}
     for key, row in table.items():
         assert not aot.worse(key, row, row)
         chip, _, dtype, kernel = key.split("/")
-        multiplies = "film" not in kernel and kernel not in ("lora_ranks", "context_sum", "remember", "gate", "join")
+        multiplies = "film" not in kernel and kernel not in without
         if multiplies and dtype != "float32":
             assert row["products"], key
     assert {key.split("/")[0] for key in table} == set(aot.TARGETS)
