@@ -45,12 +45,17 @@ USERS = 64
 LATENT = 256
 
 
+def users_of(rows: int) -> tuple[int, Tensor]:
+    """How many users the rows have, and each row's slot: in decode a user a row, in prefill a few users' tokens."""
+    users = min(rows, USERS) if rows <= 64 else 4
+    return users, torch.arange(rows, dtype=torch.int32) * users // rows
+
+
 def film_cases(width: int = 4096) -> Iterator[Case]:
     """film and film_norm; in prefill a few users' tokens, in decode a user a row."""
     for name, rows in SIZES.items():
-        users = min(rows, USERS) if rows <= 64 else 4
+        users, slots = users_of(rows)
         bank = normal(USERS, 2 * width, scale=0.1)
-        slots = torch.arange(rows, dtype=torch.int32) * users // rows
         x, residual, weight = normal(rows, width), normal(rows, width), normal(width)
         modulation = (bank[:, :width], bank[:, width:], slots)
         rest = 2 * users * width * 2 + size(slots)
@@ -63,11 +68,10 @@ def lora_cases(width: int = 4096) -> Iterator[Case]:
     """lora_ of q and v projections with grouped heads."""
     ranks, outputs = (16, 16), (width, width // 4)
     for name, rows in SIZES.items():
-        users = min(rows, USERS) if rows <= 64 else 4
+        users, slots = users_of(rows)
         x, ys = normal(rows, width), [normal(rows, out) for out in outputs]
         a, bs = normal(sum(ranks), width), [normal(r, out) for r, out in zip(ranks, outputs, strict=True)]
         gamma, beta = normal(USERS, sum(ranks)), normal(USERS, sum(ranks))
-        slots = torch.arange(rows, dtype=torch.int32) * users // rows
         fewest = size(x, a, *bs, slots) + 2 * size(*ys) + 2 * users * sum(ranks) * 2
         needed = rows * (width * sum(ranks) + sum(r * out for r, out in zip(ranks, outputs, strict=True)))
         yield Case(f"{name}, D {width}, R 16 + 16", "lora_", (x, ys, a, bs, gamma, beta, slots, 1.0), fewest, needed)

@@ -10,23 +10,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor
 
-from bench.gpu_cases import LATENT, SIZES, Case, context_encoders, normal, size
+from bench.gpu_cases import LATENT, SIZES, Case, context_encoders, normal, size, users_of
 from fssa_fast.generation.cache import BLOCK
 
 SINGLE = 4  # bytes of a float32
 
 
-def _users(rows: int) -> tuple[int, Tensor]:
-    users = min(rows, 64) if rows <= 64 else 4
-    return users, torch.arange(rows, dtype=torch.int32) * users // rows
-
-
 def film_backward_cases(width: int = 4096) -> Iterator[Case]:
     """film_backward reads and writes everything once; film_norm_backward finds two numbers a row first."""
     for name, rows in SIZES.items():
-        users, slots = _users(rows)
+        users, slots = users_of(rows)
         scale, shift, weight = normal(users, width, scale=0.1), normal(users, width, scale=0.1), normal(width)
         grad, grad_normed, x, residual = (normal(rows, width) for _ in range(4))
         sums = 2 * size(scale)
@@ -43,7 +37,7 @@ def lora_backward_cases(width: int = 4096) -> Iterator[Case]:
     ranks, outputs = (16, 16), (width, width // 4)
     rank = sum(ranks)
     for name, rows in SIZES.items():
-        users, slots = _users(rows)
+        users, slots = users_of(rows)
         x, grads = normal(rows, width), [normal(rows, out) for out in outputs]
         a, bs = normal(rank, width), [normal(r, out) for r, out in zip(ranks, outputs, strict=True)]
         gamma, beta = normal(users, rank), normal(users, rank)
@@ -82,7 +76,7 @@ def block_cases(heads: int = 8, group: int = 4, width: int = 128) -> Iterator[Ca
     """The steps of a fused block: the second half of adapters, the gate, and attention over the cache."""
     model, inner = heads * group * width, 14336
     for name, rows in SIZES.items():
-        users, slots = _users(rows)
+        users, slots = users_of(rows)
         product = normal(rows, model + model // 4 + 32)
         ys = product[:, :model], product[:, model : model + model // 4]
         hiddens = product[:, -32:-16], product[:, -16:]

@@ -50,7 +50,11 @@ class _Plan:
         self.positions, self.sequences = positions, sequences
         self.turned = q.new_empty(len(q), settings.heads, settings.head_width)
 
-    def find(self, cache: BlockCache) -> None:
+    def find_each(self, cache: BlockCache) -> None:
+        """What each token by itself meets."""
+        self.lengths, self.table = self.positions + 1, cache.table[self.sequences.clamp(min=0)]
+
+    def find_sequences(self, cache: BlockCache) -> None:
         """Sorts the tokens, without reading from the GPU. Nobody's are those of one sequence more, the last."""
         count = len(cache.table)
         owner = torch.where(self.sequences < 0, count, self.sequences).long()
@@ -110,14 +114,16 @@ class FlashOps(TritonOps):
         several = n > len(cache.table)  # some sequence has several tokens
 
         def each() -> Tensor:
+            if first:
+                plan.find_each(cache)
             return self._functions.with_kvcache(
-                plan.turned[:, None], keys, values, cache_seqlens=positions + 1,
-                block_table=cache.table[sequences.clamp(min=0)], **options,
+                plan.turned[:, None], keys, values, cache_seqlens=plan.lengths, block_table=plan.table,
+                **options,
             )  # fmt: skip
 
         def by_sequence() -> Tensor:
             if first:
-                plan.find(cache)
+                plan.find_sequences(cache)
             found = self._functions.varlen(
                 plan.turned[plan.order], keys, values, plan.queries, plan.keys, n, cache.table.shape[1] * cache.block,
                 block_table=plan.table, **options,
