@@ -85,18 +85,19 @@ class Encoder(NamedTuple):
     choices: Tensor
     offsets: Tensor
     weights: list[Tensor | None]
+    latent: int
     needed: int  # multiply-adds
 
 
 def context_encoders() -> Iterator[Encoder]:
     """Decode sizes: few choices; prefill sizes: many users at once."""
-    latent = LATENT
-    for name, users, pairs, embedding in (
-        ("1 user of 10", 1, 10, 4096),
-        ("1 user of 64", 1, 64, 4096),
-        ("8 users of 10", 8, 10, 1024),
-        ("64 users of 10", 64, 10, 384),
-        ("32 users of 64", 32, 64, 384),
+    for name, users, pairs, embedding, latent in (
+        ("1 user of 10", 1, 10, 4096, LATENT),
+        ("1 user of 64", 1, 64, 4096, LATENT),
+        ("8 users of 10", 8, 10, 1024, LATENT),
+        ("8 users of 10, H 1024", 8, 10, 1024, 1024),
+        ("64 users of 10", 64, 10, 384, LATENT),
+        ("32 users of 64", 32, 64, 384, LATENT),
     ):
         shapes = [(latent, 2 * embedding), (3 * latent, latent), (latent, latent), (latent, latent), (latent, latent)]
         first, qkv, out, outer0, outer1 = [(normal(o, i, scale=i**-0.5), normal(o)) for o, i in shapes]
@@ -105,13 +106,13 @@ def context_encoders() -> Iterator[Encoder]:
         choices = torch.randint(2, (users * pairs,))
         offsets = torch.arange(users + 1) * pairs
         needed = users * (pairs * latent * 2 * embedding + pairs * 2 * latent * latent + 4 * latent * latent)
-        yield Encoder(f"{name}, E {embedding}", data, choices, offsets, weights, needed)
+        yield Encoder(f"{name}, E {embedding}", data, choices, offsets, weights, latent, needed)
 
 
 def context_cases(heads: int = 8, columns: int = 8192) -> Iterator[Case]:
     """context_rows_."""
-    for name, data, choices, offsets, weights, needed in context_encoders():
-        users, latent = len(offsets) - 1, LATENT
+    for name, data, choices, offsets, weights, latent, needed in context_encoders():
+        users = len(offsets) - 1
         modulation, bias, bank = normal(columns, latent, scale=0.06), normal(columns), normal(users, columns)
         slots = torch.arange(users, dtype=torch.int32)
         args = (

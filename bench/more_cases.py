@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from bench.gpu_cases import LATENT, SIZES, Case, context_encoders, normal, size, users_of
+from bench.gpu_cases import SIZES, Case, context_encoders, normal, size, users_of
 from fssa_fast.generation.cache import BLOCK
 
 SINGLE = 4  # bytes of a float32
@@ -53,7 +53,7 @@ def context_backward_cases(heads: int = 8) -> Iterator[Case]:
     """The forward's kernels again, and three for the attention."""
     for case in context_encoders():
         data, choices, offsets, weights = case.data, case.choices, case.offsets, case.weights
-        pairs, users, latent = len(data), len(offsets) - 1, LATENT
+        pairs, users, latent = len(data), len(offsets) - 1, case.latent
         item = data.element_size()
         h, parts, statistics = pairs * latent * item, users * latent * SINGLE, pairs * heads * SINGLE
         inner, outer = weights[:6], weights[6:]

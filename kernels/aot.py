@@ -84,10 +84,12 @@ def _lora(
     return launch
 
 
-def _context(
+def context_case(
     pairs: int, embedding: int, width: int, inner: str, pooling: str, heads: int, sampled: bool = False,
     backward: bool = False,
 ) -> Callable[[torch.dtype], Any]:  # fmt: skip
+    """Eight users, who together have so many pairs: how many each has is not known when kernels are launched."""
+
     def launch(dtype: torch.dtype) -> None:
         users = 8
 
@@ -171,12 +173,12 @@ CASES: dict[str, Callable[[torch.dtype], Any]] = {
     "block-decode-gemma": _block(32, 9216, 8, 4, 256, gemma=True),
     "block-prefill-576": _block(1024, 1536, 9, 3, 64),
     "block-prefill-1536": _block(1024, 8960, 12, 2, 128),
-    "context-linear": _context(80, 384, 256, "linear", "self-attention", 8),
-    "context-mlp-sampled": _context(4096, 384, 256, "mlp", "self-attention", 8, sampled=True),
-    "context-one-head": _context(80, 768, 512, "linear", "self-attention", 1),
-    "context-mean": _context(80, 384, 256, "mlp", "mean", 8),
-    "context-odd": _context(80, 33, 60, "linear", "self-attention", 3),
-    "context_backward": _context(4096, 384, 256, "linear", "self-attention", 8, backward=True),
+    "context-linear": context_case(80, 384, 256, "linear", "self-attention", 8),
+    "context-mlp-sampled": context_case(4096, 384, 256, "mlp", "self-attention", 8, sampled=True),
+    "context-one-head": context_case(80, 768, 512, "linear", "self-attention", 1),
+    "context-mean": context_case(80, 384, 256, "mlp", "mean", 8),
+    "context-odd": context_case(80, 33, 60, "linear", "self-attention", 3),
+    "context_backward": context_case(4096, 384, 256, "linear", "self-attention", 8, backward=True),
 }
 
 

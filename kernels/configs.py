@@ -15,7 +15,7 @@ import torch
 from fssa_fast.kernels.common import power_of_two
 
 WIDEST_NORM = 65536  # film_norm holds a row in registers
-WIDEST_FEW = 256  # context_few holds a tile of h in registers
+WIDEST_FEW = 256  # context_few holds a tile of h in registers where it is 16-bit and up to so wide
 LOG2E = 1.4426950408889634
 
 
@@ -132,7 +132,8 @@ def attention_tile(depth: int, dtype: torch.dtype) -> AttentionTile:
 
 
 class FewTile(NamedTuple):
-    width: int
+    in_registers: bool  # h; else it goes through memory
+    width: int  # of a vector, at a time; in registers all of it
     columns: int  # of a weight, at a time
     step: int
     stages: int  # of the walk along E
@@ -140,11 +141,12 @@ class FewTile(NamedTuple):
     warps: int
 
 
-def few_tile(width: int, dtype: torch.dtype) -> FewTile | None:
-    """Contexts of few pairs: a user's whole h is a tile. None where it would not fit in registers."""
-    if _wide(dtype) or width > WIDEST_FEW:
-        return None
-    return FewTile(power_of_two(width, 16, WIDEST_FEW), 32, 64, 2, 16, 8)
+def few_tile(width: int, dtype: torch.dtype) -> FewTile:
+    """Contexts of few pairs: a user's h is one tile, where it fits in registers."""
+    stretch = power_of_two(width, 16, WIDEST_FEW)
+    if _wide(dtype):
+        return FewTile(False, stretch, 32, 16, 1, 16, 4)
+    return FewTile(width <= WIDEST_FEW, stretch, 32, 64, 2, 16, 8)
 
 
 class AttendTile(NamedTuple):

@@ -1,8 +1,8 @@
 """context: from choices to latents to rows of the bank.
 
 Users of few pairs take two launches: that of `fssa_fast.kernels.context_few`, and the last of those below. The others
-take all five; so does everyone where the encoder is too wide for that or its numbers are float32. Which way a user goes
-follows its own number of pairs and the widths, never the other users.
+take all five, because the attention among a user's many pairs is more than one program should do. Which way a user
+goes follows its own number of pairs, never the other users.
 
 1. encode: pairs to h, and for attention to queries, keys and values. A choice picks the row that is read.
 2. statistics: log of the softmax's denominator a query; only where a user may have more pairs than one tile holds.
@@ -12,8 +12,7 @@ follows its own number of pairs and the widths, never the other users.
 
 Users are ragged and packed. User u owns the tiles `offsets[u] // P + u` up to, not including, `offsets[u + 1] // P + u
 + 1` for tiles of P pairs counted from its own first pair: always enough, known without reading the offsets on the host,
-so nothing waits for the GPU. What a user's bits depend on is its own pairs. Between two products of one program the
-rows go through memory behind a barrier, so that no width has to fit in registers.
+so nothing waits for the GPU. What a user's bits depend on is its own pairs.
 
 Backward: the forward again, three kernels for the attention, and torch's matrix products for all plain gradients of
 linears, which a well-kept library does better.
@@ -32,22 +31,8 @@ from torch import Tensor
 from fssa_fast.kernels import configs
 from fssa_fast.kernels.common import accumulate, as_rows, dot, narrow, softplus, store
 from fssa_fast.kernels.context_few import FEW, encode_few
+from fssa_fast.kernels.context_linears import encode_rows, linear_rows
 from fssa_fast.ops.context import ContextWeights
-
-
-@triton.jit
-def _linear(
-    x_rows, x_mask, depth, w_ptr, w_stride, bias_ptr, y_rows, width,
-    RELU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
-):  # fmt: skip
-    """y = relu?(x) w^T + bias, all columns; w [width, depth]."""
-    for start in range(0, width, COLUMNS):
-        n = start + tl.arange(0, COLUMNS)
-        total = tl.zeros([ROWS, COLUMNS], tl.float32)
-        w_rows = w_ptr + n.to(tl.int64) * w_stride
-        total = accumulate(total, x_rows, w_rows, x_mask, n < width, depth, RELU, STEP)
-        total += tl.load(bias_ptr + n, mask=n < width, other=0.0).to(tl.float32)[None, :]
-        store(y_rows[:, None] + n[None, :], total, x_mask[:, None] & (n < width)[None, :])
 
 
 @triton.jit
@@ -80,7 +65,7 @@ def context_encode_kernel(
     MLP: tl.constexpr, ATTENTION: tl.constexpr, BY_USER: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     STEP: tl.constexpr,
 ):  # fmt: skip
-    """Program (pairs): first = inner0 [chosen ; rejected]; h = inner1 relu(first) or first itself; qkv of h.
+    """Program (pairs): `encode_rows` of them.
 
     BY_USER, the pairs are a tile of a user's, and users of `limit` pairs or fewer are left out.
     """
@@ -93,30 +78,11 @@ def context_encode_kernel(
     else:
         m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
         met = m < count
-    choice = tl.load(choices_ptr + m, mask=met, other=0).to(tl.int64)
-    chosen = pairs_ptr + m * pair_stride + choice * option_stride
-    rejected = pairs_ptr + m * pair_stride + (1 - choice) * option_stride
-    for start in range(0, width, COLUMNS):
-        n = start + tl.arange(0, COLUMNS)
-        inside = n < width
-        w_rows = inner0_ptr + n.to(tl.int64) * (2 * embedding)
-        total = tl.zeros([ROWS, COLUMNS], tl.float32)
-        total = accumulate(total, chosen, w_rows, met, inside, embedding, False, STEP)
-        total = accumulate(total, rejected, w_rows + embedding, met, inside, embedding, False, STEP)
-        total += tl.load(inner0_bias_ptr + n, mask=inside, other=0.0).to(tl.float32)[None, :]
-        store(first_ptr + m[:, None] * width + n[None, :], total, met[:, None] & inside[None, :])
-    if MLP:
-        tl.debug_barrier()
-        _linear(
-            first_ptr + m * width, met, width, inner1_ptr, width, inner1_bias_ptr, h_ptr + m * width, width,
-            True, ROWS, COLUMNS, STEP,
-        )  # fmt: skip
-    if ATTENTION:
-        tl.debug_barrier()
-        _linear(
-            h_ptr + m * width, met, width, qkv_w_ptr, width, qkv_bias_ptr, qkv_ptr + m * (3 * width), 3 * width,
-            False, ROWS, COLUMNS, STEP,
-        )  # fmt: skip
+    encode_rows(
+        m, met, pairs_ptr, choices_ptr, inner0_ptr, inner0_bias_ptr, inner1_ptr, inner1_bias_ptr, qkv_w_ptr,
+        qkv_bias_ptr, first_ptr, h_ptr, qkv_ptr, embedding, width, pair_stride, option_stride,
+        MLP, ATTENTION, ROWS, COLUMNS, STEP,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -249,7 +215,7 @@ def context_outer_kernel(
             total += count.to(tl.float32)[:, None] * bias[None, :]
             store(joined_ptr + m[:, None] * width + n[None, :], total, met[:, None] & inside[None, :])
     tl.debug_barrier()
-    _linear(
+    linear_rows(
         joined_ptr + m * width, met, width, outer0_ptr, width, outer0_bias_ptr, first_ptr + m * width, width,
         False, ROWS, COLUMNS, STEP,
     )  # fmt: skip
@@ -414,13 +380,10 @@ def _forward(call: _Call, latent: bool, noise: Tensor | None) -> Tensor:
     noise = as_rows(noise) if sampled and noise is not None else None
     if not users:
         return encoded
-    tile = configs.few_tile(width, encoded.dtype)
-    if tile is None or call.longest > FEW:
-        _encode(call, encoded, noise, -1 if tile is None else FEW)
-    if tile is not None:  # last: what the other way leaves of users of few pairs is written over
-        encode_few(
-            tile, encoded, call.pairs, call.choices, call.offsets, w, call.inner, call.pooling, call.heads, noise
-        )  # fmt: skip
+    if call.longest > FEW:
+        _encode(call, encoded, noise, FEW)
+    # last: what the other way leaves of users of few pairs is written over
+    encode_few(encoded, call.pairs, call.choices, call.offsets, w, call.inner, call.pooling, call.heads, noise)
     return encoded
 
 

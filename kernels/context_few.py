@@ -1,8 +1,9 @@
 """context for users of few pairs: a program a user, from choices to what the outer encoder gives, in one launch.
 
-A user's pairs fit one tile, whose h never leaves the program: queries and keys are made of it a head at a time, and
-values not at all, since sum_j c_j (W_v h_j + b_v) = W_v (sum_j c_j h_j) + n b_v for column sums c of the softmax, whose
-sum over the n keys is n. Users with more pairs than FEW are left to the kernels of `fssa_fast.kernels.context`.
+A user's pairs fit one tile, whose h never leaves the program where it fits in registers: queries and keys are made of
+it a head at a time, and values not at all, since sum_j c_j (W_v h_j + b_v) = W_v (sum_j c_j h_j) + n b_v for column
+sums c of the softmax, whose sum over the n keys is n. A wider h, or one of float32, goes through memory. Users with
+more pairs than FEW are left to the kernels of `fssa_fast.kernels.context`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from fssa_fast.kernels import configs
 from fssa_fast.kernels.common import accumulate, dot, narrow, softplus, store
+from fssa_fast.kernels.context_linears import encode_rows
 from fssa_fast.ops.context import ContextWeights
 
 FEW = 64
@@ -26,27 +28,39 @@ def _matrix_vector(
     RELU: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """y = relu?(w x + bias_scale bias); x and y in memory, float32 or y's dtype."""
-    n = tl.arange(0, WIDTH)
-    x = tl.load(x_ptr + n, mask=n < width, other=0.0).to(tl.float32)
     for start in range(0, outputs, COLUMNS):
         c = start + tl.arange(0, COLUMNS)
-        inside = (c < outputs)[:, None] & (n < width)[None, :]
-        w = tl.load(w_ptr + c[:, None].to(tl.int64) * width + n[None, :], mask=inside, other=0.0).to(tl.float32)
+        products = tl.zeros([COLUMNS, WIDTH], tl.float32)
+        for begin in range(0, width, WIDTH):
+            n = begin + tl.arange(0, WIDTH)
+            x = tl.load(x_ptr + n, mask=n < width, other=0.0).to(tl.float32)
+            inside = (c < outputs)[:, None] & (n < width)[None, :]
+            w = tl.load(w_ptr + c[:, None].to(tl.int64) * width + n[None, :], mask=inside, other=0.0).to(tl.float32)
+            products += w * x[None, :]
         bias = tl.load(bias_ptr + c, mask=c < outputs, other=0.0).to(tl.float32)
-        y = tl.sum(w * x[None, :], 1) + bias_scale * bias
+        y = tl.sum(products, 1) + bias_scale * bias
         if RELU:
             y = tl.where(y < 0, 0.0, y)  # lets NaN through, as torch does
         store(y_ptr + c, y, c < outputs)
 
 
 @triton.jit
-def _pooled(
+def _column_sums(score, met, count, exponent):
+    """The column sums of the softmax of scores [ROWS, ROWS], of which the first `count` rows and columns are met."""
+    score = tl.where(met[None, :] | (count == 0), score * exponent, float("-inf"))
+    p = tl.exp2(score - tl.max(score, 1)[:, None])
+    p = tl.where(met[:, None], p / tl.sum(p, 1)[:, None], 0.0)
+    return tl.sum(p, 0)
+
+
+@triton.jit
+def _pooled_in_registers(
     pairs_ptr, choices_ptr, inner0_ptr, inner0_bias_ptr, inner1_ptr, inner1_bias_ptr, qkv_ptr, qkv_bias_ptr, pooled_ptr,
     begin, count, embedding, width, depth, heads, exponent, pair_stride, option_stride,
     MLP: tl.constexpr, ATTENTION: tl.constexpr, MEAN: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
     COLUMNS: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """The pooling of one user's pairs, of which there are ROWS or fewer: float32 [H] in memory."""
+    """`_pooled`, of an h that fits in registers."""
     dtype = inner0_ptr.dtype.element_ty
     row = tl.arange(0, ROWS)
     met = row < count
@@ -91,10 +105,7 @@ def _pooled(
                 k = dot(rounded, w, tl.zeros([ROWS, DEPTH], tl.float32))
                 k += tl.load(qkv_bias_ptr + at, mask=d < depth, other=0.0).to(tl.float32)[None, :]
                 score = dot(narrow(q, dtype), tl.trans(narrow(k, dtype)), score)
-            score = tl.where(met[None, :] | (count == 0), score * exponent, float("-inf"))
-            p = tl.exp2(score - tl.max(score, 1)[:, None])
-            p = tl.where(met[:, None], p / tl.sum(p, 1)[:, None], 0.0)
-            column = tl.sum(p, 0)
+            column = _column_sums(score, met, count, exponent)
             rough = narrow(column, dtype).to(tl.float32)
             part = tl.arange(0, 16)[:, None]  # a product of tensor cores: the sums in two numbers of dtype each
             sums = tl.where(part == 0, rough[None, :], tl.where(part == 1, (column - rough)[None, :], 0.0))
@@ -115,14 +126,80 @@ def _pooled(
 
 
 @triton.jit
+def _pooled_in_memory(
+    pairs_ptr, choices_ptr, inner0_ptr, inner0_bias_ptr, inner1_ptr, inner1_bias_ptr, qkv_w_ptr, qkv_bias_ptr,
+    first_ptr, h_ptr, qkv_ptr, pooled_ptr, begin, count, embedding, width, depth, heads, exponent, pair_stride,
+    option_stride,
+    MLP: tl.constexpr, ATTENTION: tl.constexpr, MEAN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    STEP: tl.constexpr, STAGES: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """`_pooled`, of an h that lies in memory."""
+    row = tl.arange(0, ROWS)
+    met = row < count
+    m = begin + row
+    encode_rows(
+        m, met, pairs_ptr, choices_ptr, inner0_ptr, inner0_bias_ptr, inner1_ptr, inner1_bias_ptr, qkv_w_ptr,
+        qkv_bias_ptr, first_ptr, h_ptr, qkv_ptr, embedding, width, pair_stride, option_stride,
+        MLP, ATTENTION, ROWS, COLUMNS, STEP, STAGES,
+    )  # fmt: skip
+    tl.debug_barrier()
+    if ATTENTION:
+        for head in range(0, heads):
+            q_rows = qkv_ptr + m * (3 * width) + head * depth
+            score = tl.zeros([ROWS, ROWS], tl.float32)
+            score = accumulate(score, q_rows, q_rows + width, met, met, depth, False, DEPTH)
+            column = _column_sums(score, met, count, exponent)
+            for start in range(0, depth, DEPTH):
+                d = start + tl.arange(0, DEPTH)
+                mask = met[:, None] & (d < depth)[None, :]
+                v = tl.load(q_rows[:, None] + (2 * width + d)[None, :], mask=mask, other=0.0).to(tl.float32)
+                tl.store(pooled_ptr + head * depth + d, tl.sum(column[:, None] * v, 0), mask=d < depth)
+    else:
+        for start in range(0, width, COLUMNS):
+            n = start + tl.arange(0, COLUMNS)
+            mask = met[:, None] & (n < width)[None, :]
+            total = tl.sum(tl.load(h_ptr + (m * width)[:, None] + n[None, :], mask=mask, other=0.0).to(tl.float32), 0)
+            if MEAN:
+                total = total / tl.maximum(count, 1)
+            tl.store(pooled_ptr + n, total, mask=n < width)
+
+
+@triton.jit
+def _pooled(
+    pairs_ptr, choices_ptr, inner0_ptr, inner0_bias_ptr, inner1_ptr, inner1_bias_ptr, qkv_w_ptr, qkv_bias_ptr,
+    first_ptr, h_ptr, qkv_ptr, pooled_ptr, begin, count, embedding, width, depth, heads, exponent, pair_stride,
+    option_stride,
+    MLP: tl.constexpr, ATTENTION: tl.constexpr, MEAN: tl.constexpr, ROWS: tl.constexpr, IN_REGISTERS: tl.constexpr,
+    WIDTH: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """The pooling of one user's pairs, of which there are ROWS or fewer: float32 [H] in memory.
+
+    first [N, H], h [N, H] and qkv [N, 3H] are only used where h is not in registers.
+    """
+    if IN_REGISTERS:
+        _pooled_in_registers(
+            pairs_ptr, choices_ptr, inner0_ptr, inner0_bias_ptr, inner1_ptr, inner1_bias_ptr, qkv_w_ptr, qkv_bias_ptr,
+            pooled_ptr, begin, count, embedding, width, depth, heads, exponent, pair_stride, option_stride,
+            MLP, ATTENTION, MEAN, ROWS, WIDTH, COLUMNS, STEP, STAGES, DEPTH,
+        )  # fmt: skip
+    else:
+        _pooled_in_memory(
+            pairs_ptr, choices_ptr, inner0_ptr, inner0_bias_ptr, inner1_ptr, inner1_bias_ptr, qkv_w_ptr, qkv_bias_ptr,
+            first_ptr, h_ptr, qkv_ptr, pooled_ptr, begin, count, embedding, width, depth, heads, exponent, pair_stride,
+            option_stride,
+            MLP, ATTENTION, MEAN, ROWS, COLUMNS, STEP, STAGES, DEPTH,
+        )  # fmt: skip
+
+
+@triton.jit
 def context_few_kernel(
-    pairs_ptr, choices_ptr, offsets_ptr, inner0_ptr, inner0_bias_ptr, inner1_ptr, inner1_bias_ptr, qkv_ptr,
+    pairs_ptr, choices_ptr, offsets_ptr, inner0_ptr, inner0_bias_ptr, inner1_ptr, inner1_bias_ptr, qkv_w_ptr,
     qkv_bias_ptr, out_ptr, out_bias_ptr, outer0_ptr, outer0_bias_ptr, outer1_ptr, outer1_bias_ptr, noise_ptr,
-    vectors_ptr, encoded_ptr, embedding, width, encoded_width, depth, heads, exponent, pair_stride, option_stride,
-    noise_stride,
+    first_ptr, h_ptr, qkv_ptr, vectors_ptr, encoded_ptr, embedding, width, encoded_width, depth, heads, exponent,
+    pair_stride, option_stride, noise_stride,
     MLP: tl.constexpr, ATTENTION: tl.constexpr, MEAN: tl.constexpr, NOISE: tl.constexpr, FEWER: tl.constexpr,
-    FEW: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
-    DEPTH: tl.constexpr,
+    FEW: tl.constexpr, IN_REGISTERS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
+    STAGES: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Program (user): encoded [U, encoded_width]; with NOISE the latent, mean + softplus(s) * noise.
 
@@ -135,15 +212,17 @@ def context_few_kernel(
         vectors = vectors_ptr + user * (4 * width)
         if count <= FEWER:
             _pooled(
-                pairs_ptr, choices_ptr, inner0_ptr, inner0_bias_ptr, inner1_ptr, inner1_bias_ptr, qkv_ptr, qkv_bias_ptr,
-                vectors, begin, count, embedding, width, depth, heads, exponent, pair_stride, option_stride,
-                MLP, ATTENTION, MEAN, FEWER, WIDTH, COLUMNS, STEP, STAGES, DEPTH,
+                pairs_ptr, choices_ptr, inner0_ptr, inner0_bias_ptr, inner1_ptr, inner1_bias_ptr, qkv_w_ptr,
+                qkv_bias_ptr, first_ptr, h_ptr, qkv_ptr, vectors, begin, count, embedding, width, depth, heads,
+                exponent, pair_stride, option_stride,
+                MLP, ATTENTION, MEAN, FEWER, IN_REGISTERS, WIDTH, COLUMNS, STEP, STAGES, DEPTH,
             )  # fmt: skip
         else:
             _pooled(
-                pairs_ptr, choices_ptr, inner0_ptr, inner0_bias_ptr, inner1_ptr, inner1_bias_ptr, qkv_ptr, qkv_bias_ptr,
-                vectors, begin, count, embedding, width, depth, heads, exponent, pair_stride, option_stride,
-                MLP, ATTENTION, MEAN, FEW, WIDTH, COLUMNS, STEP, STAGES, DEPTH,
+                pairs_ptr, choices_ptr, inner0_ptr, inner0_bias_ptr, inner1_ptr, inner1_bias_ptr, qkv_w_ptr,
+                qkv_bias_ptr, first_ptr, h_ptr, qkv_ptr, vectors, begin, count, embedding, width, depth, heads,
+                exponent, pair_stride, option_stride,
+                MLP, ATTENTION, MEAN, FEW, IN_REGISTERS, WIDTH, COLUMNS, STEP, STAGES, DEPTH,
             )  # fmt: skip
         tl.debug_barrier()
         joined = vectors
@@ -174,7 +253,6 @@ def context_few_kernel(
 
 
 def encode_few(
-    tile: configs.FewTile,
     encoded: Tensor,
     pairs: Tensor,
     choices: Tensor,
@@ -187,12 +265,19 @@ def encode_few(
 ) -> None:
     """Fills encoded [U, Z], or latents [U, H], for users of up to FEW pairs."""
     width, embedding = w.inner0.shape[0], pairs.shape[2]
+    tile = configs.few_tile(width, pairs.dtype)
     depth = width // heads if pooling == "self-attention" else width
     vectors = pairs.new_empty(len(encoded), 4, width, dtype=torch.float32)
+    first = h = qkv = encoded  # not used
+    if not tile.in_registers:
+        h = pairs.new_empty(len(pairs), width)
+        first = torch.empty_like(h) if inner == "mlp" else h
+        qkv = pairs.new_empty(len(pairs), 3 * width) if pooling == "self-attention" else h
     context_few_kernel[(len(encoded),)](
-        pairs, choices, offsets, *w, encoded if noise is None else noise, vectors, encoded, embedding, width,
-        encoded.shape[1], depth, heads, configs.LOG2E * depth**-0.5, pairs.stride(0), pairs.stride(1),
+        pairs, choices, offsets, *w, encoded if noise is None else noise, first, h, qkv, vectors, encoded,
+        embedding, width, encoded.shape[1], depth, heads, configs.LOG2E * depth**-0.5, pairs.stride(0), pairs.stride(1),
         0 if noise is None else noise.stride(0), MLP=inner == "mlp", ATTENTION=pooling == "self-attention",
-        MEAN=pooling == "mean", NOISE=noise is not None, FEWER=FEWER, FEW=FEW, WIDTH=tile.width, COLUMNS=tile.columns,
-        STEP=tile.step, STAGES=tile.stages, DEPTH=tile.depth, num_warps=tile.warps, num_stages=1,
+        MEAN=pooling == "mean", NOISE=noise is not None, FEWER=FEWER, FEW=FEW, IN_REGISTERS=tile.in_registers,
+        WIDTH=tile.width, COLUMNS=tile.columns, STEP=tile.step, STAGES=tile.stages, DEPTH=tile.depth,
+        num_warps=tile.warps, num_stages=1,
     )  # fmt: skip

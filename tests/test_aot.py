@@ -52,6 +52,16 @@ for kernel in ("shrink", "expand"):
     print(*(c.asm["ptx"].count("griddepcontrol") for c in compiled))
 """
 
+FEW = """
+from fssa_fast.kernels import aot
+
+for dtype in aot.DTYPES.values():
+    for width, heads in ((60, 3), (256, 8), (1024, 8)):
+        for inner, pooling in (("linear", "self-attention"), ("mlp", "mean")):
+            launches = aot.launches_of(lambda: aot.context_case(64, 384, width, inner, pooling, heads)(dtype))
+            print(*(launch.kernel.__name__ for launch in launches))
+"""
+
 
 def compiling(*command: str) -> subprocess.CompletedProcess[str]:
     """Runs Python where Triton compiles, which it does not in a process that interprets."""
@@ -72,6 +82,14 @@ def test_expand_is_launched_early_where_the_chip_can(tmp_path: Path) -> None:
     script.write_text(EARLY)
     done = compiling(str(script))
     assert done.stdout.splitlines() == ["0 1", "0 1"], done.stderr
+
+
+def test_few_choices_become_rows_in_two_launches(tmp_path: Path) -> None:
+    """In every dtype and at every width."""
+    script = tmp_path / "few.py"
+    script.write_text(FEW)
+    done = compiling(str(script))
+    assert done.stdout.splitlines() == ["context_few_kernel context_rows_kernel"] * 18, done.stderr
 
 
 def test_the_whole_table_can_run() -> None:

@@ -188,14 +188,15 @@ def test_a_user_does_not_depend_on_the_others(backend, inner, pooling):
             torch.set_num_threads(1)
 
 
+@pytest.mark.parametrize("kind", [("mlp", "self-attention"), ("linear", "mean")], ids="-".join)
 @pytest.mark.parametrize("backend", cpu_backends())
-def test_many_users_are_taken_some_at_a_time(backend):
-    """More pairs than are held at once, and a user of more than that."""
-    args = context_args((700,) * 5 + (2500, 0, 3), 5, 16, 2, "mlp", "self-attention", torch.float32)
+def test_many_users_are_taken_some_at_a_time(backend, kind):
+    """More pairs than are held at once, a user of more than that, and more users than are held at once."""
+    args = context_args((700,) * 5 + (2500, 0, 3) + (1,) * 600, 5, 16, 2, *kind, torch.float32)
     pairs, choices, offsets, *rest = args
     with running(backend):
         whole = encode(args)
-        for user in (0, 4, 5, 6, 7):
+        for user in (0, 4, 5, 6, 7, 300, 607):
             begin, end = offsets[user : user + 2].tolist()
             alone = encode((pairs[begin:end], choices[begin:end], torch.tensor([0, end - begin]), *rest))
             assert torch.equal(alone[0], whole[user])

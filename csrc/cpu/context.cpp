@@ -1,5 +1,6 @@
 // context: users are taken some at a time, their pairs as the rows of plain matrix products. Of the attention only the
-// column sums of its softmax are needed: pooled = W_o sum_j (sum_i p_ij) v_j + K b_o, the projection once a user.
+// column sums of its softmax are needed: pooled = W_o sum_j (sum_i p_ij) v_j + K b_o, the projection once a user. A linear
+// inner encoder whose output is only summed needs only the sum of its input: sum_k (W x_k + b) = W sum_k x_k + K b.
 #include <math.h>
 
 #include "matmul.h"
@@ -12,7 +13,9 @@ namespace fssa {
 namespace FSSA_ISA {
 namespace {
 
-constexpr int64_t CHUNK_PAIRS = 2048;          // users are taken together up to so many pairs, or one by one
+constexpr int64_t CHUNK_PAIRS = 2048;          // users are taken together up to so many pairs, or one by one,
+constexpr int64_t CHUNK_USERS = 256;           // and so many users
+constexpr int64_t SUM_ROWS = 16;               // pairs that are summed before they join the sum of those before them
 constexpr int64_t QUERY_ROWS = AXPY_ROWS;      // queries whose scores are held at a time
 constexpr int64_t PADDING = AXPY_WIDTH + 16;   // keeps the rows of a transposed matrix off the same cache lines
 
@@ -103,6 +106,7 @@ struct Head {
 };
 
 struct Activations {
+  float *sums;     // [users, 2E]: of the pairs, chosen and rejected, where they are summed first; then no first, inner
   float *first;    // [pairs, H]: of the inner encoder's first layer, after its ReLU where it has one
   float *inner;    // [pairs, H]: of the inner encoder
   float *qkv;      // [pairs, 3H]
@@ -117,6 +121,7 @@ struct Encoder {
   const fssa_context_input &in;
   const int64_t latent = in.latent_width, width = in.embedding_width;
   const bool mlp = in.inner == FSSA_INNER_MLP, attention = in.pooling == FSSA_POOL_ATTENTION;
+  const bool sums_first = !mlp && !attention;
 
   static const T *typed(const void *data) { return static_cast<const T *>(data); }
 
@@ -124,6 +129,10 @@ struct Encoder {
     return {typed(in.pairs) + chunk.first_pair * 2 * width, in.choices + chunk.first_pair, width, which};
   }
   int64_t pair_count(int64_t user) const { return in.offsets[user + 1] - in.offsets[user]; }
+  // What a user's sum over pairs is multiplied by.
+  float share(int64_t user) const {
+    return in.pooling == FSSA_POOL_MEAN ? 1.0f / static_cast<float>(greater(pair_count(user), 1)) : 1.0f;
+  }
 
   template <class Body>
   void for_chunks(const Body &body) const {
@@ -132,15 +141,19 @@ struct Encoder {
       do {
         chunk.pairs += pair_count(user++);
         chunk.users++;
-      } while (user < in.users && chunk.pairs + pair_count(user) <= CHUNK_PAIRS);
+      } while (user < in.users && chunk.users < CHUNK_USERS && chunk.pairs + pair_count(user) <= CHUNK_PAIRS);
       body(chunk);
     }
   }
 
   Activations activations(Scratch &scratch, const Chunk &chunk) const {
     Activations a{};
-    a.first = scratch.floats(chunk.pairs * latent);
-    a.inner = mlp ? scratch.floats(chunk.pairs * latent) : a.first;
+    if (sums_first) {
+      a.sums = scratch.floats(chunk.users * 2 * width);
+    } else {
+      a.first = scratch.floats(chunk.pairs * latent);
+      a.inner = mlp ? scratch.floats(chunk.pairs * latent) : a.first;
+    }
     if (attention) a.qkv = scratch.floats(chunk.pairs * 3 * latent);
     a.pooled = scratch.floats(chunk.users * latent);
     a.attended = attention ? scratch.floats(chunk.users * latent) : a.pooled;
@@ -169,6 +182,34 @@ struct Encoder {
     });
   }
 
+  // The sums of the pairs as they are, and the inner encoder of these.
+  void pool_sums(const Chunk &chunk, const Activations &a) const {
+    parallel(in.threads, chunk.users * 2, [&](int64_t task) {
+      const int64_t user = task / 2, which = task % 2;
+      const Option<T> x = option(chunk, which);
+      const int64_t first = in.offsets[chunk.first_user + user] - chunk.first_pair;
+      const int64_t end = first + pair_count(chunk.first_user + user);
+      float *sum = a.sums + (2 * user + which) * width;
+      memset(sum, 0, width * sizeof(float));
+      for (int64_t pair = first; pair < end; pair += SUM_ROWS) {
+        for (int64_t n = 0; n < width; n += WIDTH) {
+          const int64_t count = width - n;
+          Vec block = splat(0.0f);
+          for (int64_t k = pair; k < lesser(pair + SUM_ROWS, end); k++) block = block + load_up_to(x(k) + n, count);
+          store_up_to(sum + n, load_up_to(sum + n, count) + block, count);
+        }
+      }
+    });
+    linear(
+        in.threads, chunk.users, typed(in.weights.inner0), latent, 2 * width, a.pooled,
+        [&](int64_t user, int64_t n, Vec v, int64_t count) {
+          const float pairs = static_cast<float>(pair_count(chunk.first_user + user));
+          v = fma(splat(pairs), load_up_to(typed(in.weights.inner0_bias) + n, count), v);
+          return v * splat(share(chunk.first_user + user));
+        },
+        Rows<float>{a.sums, 2 * width});
+  }
+
   void pool(const Chunk &chunk, const Activations &a) const {
     if (!attention) {
       parallel(in.threads, chunk.users, [&](int64_t user) {
@@ -177,9 +218,7 @@ struct Encoder {
         const int64_t first = in.offsets[chunk.first_user + user] - chunk.first_pair;
         memset(pooled, 0, latent * sizeof(float));
         add_rows(a.inner + first * latent, latent, count, latent, pooled);
-        if (in.pooling == FSSA_POOL_MEAN && count) {
-          for (int64_t d = 0; d < latent; d++) pooled[d] /= static_cast<float>(count);
-        }
+        for (int64_t d = 0; d < latent; d++) pooled[d] *= share(chunk.first_user + user);
       });
       return;
     }
@@ -203,7 +242,8 @@ struct Encoder {
         Rows<float>{a.attended, latent});
   }
 
-  void forward(const Chunk &chunk, const Activations &a) const {
+  void pooled_inner(const Chunk &chunk, const Activations &a) const {
+    if (sums_first) return pool_sums(chunk, a);
     const fssa_context_weights &w = in.weights;
     linear(
         in.threads, chunk.pairs, typed(w.inner0), latent, width, a.first,
@@ -215,6 +255,11 @@ struct Encoder {
     if (mlp) layer(a.first, chunk.pairs, w.inner1, w.inner1_bias, latent, false, a.inner);
     if (attention) layer(a.inner, chunk.pairs, w.qkv, w.qkv_bias, 3 * latent, false, a.qkv);
     pool(chunk, a);
+  }
+
+  void forward(const Chunk &chunk, const Activations &a) const {
+    const fssa_context_weights &w = in.weights;
+    pooled_inner(chunk, a);
     layer(a.pooled, chunk.users, w.outer0, w.outer0_bias, latent, true, a.outer);
     layer(a.outer, chunk.users, w.outer1, w.outer1_bias, in.encoded_width, false, a.encoded);
   }
@@ -362,7 +407,7 @@ struct Backward {
       for (int64_t user = 0; user < chunk.users; user++) {
         const int64_t count = encoder.pair_count(chunk.first_user + user);
         const int64_t first = in.offsets[chunk.first_user + user] - chunk.first_pair;
-        const float share = in.pooling == FSSA_POOL_MEAN ? 1.0f / static_cast<float>(greater(count, 1)) : 1.0f;
+        const float share = encoder.share(chunk.first_user + user);
         for (int64_t k = first; k < first + count; k++) {
           for (int64_t d = 0; d < latent; d++) dinner[k * latent + d] = dpooled[user * latent + d] * share;
         }
@@ -382,12 +427,35 @@ struct Backward {
     input_gradient(dqkv, chunk.pairs, 3 * latent, in.weights.qkv, dinner);
   }
 
+  // The gradients of the inner encoder where the pairs are summed first: those of a user's pairs are all the same.
+  void sums_backward(const Chunk &chunk, const Activations &act, float *dpooled) const {
+    for (int64_t user = 0; user < chunk.users; user++) {
+      const float count = static_cast<float>(encoder.pair_count(chunk.first_user + user));
+      for (int64_t d = 0; d < latent; d++) {
+        dpooled[user * latent + d] *= encoder.share(chunk.first_user + user);
+        inner0.bias[d] += count * dpooled[user * latent + d];
+      }
+    }
+    weight_gradient(dpooled, chunk.users, latent, Rows<float>{act.sums, 2 * width}, 2 * width, inner0.weight, 2 * width);
+    T *dpairs = static_cast<T *>(args.dpairs) + chunk.first_pair * 2 * width;
+    for (int64_t which = 0; which < 2; which++) {
+      const Option<T> option = encoder.option(chunk, which);
+      const Rows<T> w{encoder.typed(in.weights.inner0) + which * width, 2 * width};
+      axpys_parallel(in.threads, Grid{dpooled, latent, 1}, chunk.users, latent, w, width,
+                     [&](int64_t user, int64_t n, Vec v, int64_t count) {
+                       const int64_t *offsets = in.offsets + chunk.first_user + user;
+                       for (int64_t pair = offsets[0]; pair < offsets[1]; pair++) {
+                         store_up_to(dpairs + option.index(pair - chunk.first_pair) + n, v, count);
+                       }
+                     });
+    }
+  }
+
   void chunk_backward(const Chunk &chunk, const Activations &act) const {
     Scratch scratch;
     const int64_t encoded = in.encoded_width;
     float *grad = scratch.floats(chunk.users * encoded);
     float *douter = scratch.floats(chunk.users * latent), *dpooled = scratch.floats(chunk.users * latent);
-    float *dinner = scratch.floats(chunk.pairs * latent);
     const T *given = encoder.typed(args.grad) + chunk.first_user * encoded;
     for (int64_t i = 0; i < chunk.users * encoded; i += WIDTH) {
       const int64_t count = chunk.users * encoded - i;
@@ -398,6 +466,8 @@ struct Backward {
     through_relu(act.outer, chunk.users * latent, douter);
     layer_gradient(douter, chunk.users, latent, act.pooled, outer0);
     input_gradient(douter, chunk.users, latent, in.weights.outer0, dpooled);
+    if (encoder.sums_first) return sums_backward(chunk, act, dpooled);
+    float *dinner = scratch.floats(chunk.pairs * latent);
     pool_backward(chunk, act, dpooled, dinner);
     float *dfirst = dinner;
     if (encoder.mlp) {
