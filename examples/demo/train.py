@@ -1,7 +1,7 @@
 """Trains the demo adapter: NP-DPO on answers sampled from the model itself, for users of every kind.
 
 ``python -m examples.demo.train samples.jsonl OUT`` reads what ``examples.demo.sample`` wrote and writes a policy that
-``SteerablePolicy.from_pretrained`` loads; ``make_adapter.sh`` shows the four rounds. Interrupted runs go on
+``SteerablePolicy.from_pretrained`` loads; ``make_adapter.sh`` shows the five rounds. Interrupted runs go on
 from their last checkpoint.
 """
 
