@@ -1,5 +1,6 @@
 #include "parallel.h"
 
+#include <dlfcn.h>
 #include <pthread.h>
 
 #include <atomic>
@@ -21,45 +22,12 @@ inline void pause() {
 #endif
 }
 
-// The job on offer, in one word: its number (upper half), whether it may still be joined, and how many workers are in it.
-constexpr uint64_t OPEN = 1u << 31;
-constexpr uint64_t WORKERS = OPEN - 1;
-constexpr int SPINS = 2000;  // some tens of microseconds: the next op of a decode step often comes within that
-
-class Pool {
+// The tasks of one call, taken by whoever is free.
+class Job {
  public:
-  void run(int threads, int64_t tasks, void (*run)(void *, int64_t), void *context) {
-    std::unique_lock<std::mutex> turn(turn_, std::try_to_lock);
-    if (!turn.owns_lock()) {
-      for (int64_t task = 0; task < tasks; task++) run(context, task);
-      return;
-    }
-    const int helpers = static_cast<int>(tasks - 1 < threads - 1 ? tasks - 1 : threads - 1);
-    while (started_ < helpers) {
-      std::thread([this, seen = number(state_.load())] { work(seen); }).detach();
-      started_++;
-    }
-    run_ = run, context_ = context, tasks_ = tasks, helpers_ = helpers;
-    failed_.store(false, std::memory_order_relaxed);
-    next_.store(0, std::memory_order_relaxed);
-    state_.store(((number(state_.load()) + 1) << 32) | OPEN);
-    if (sleepers_.load() > 0) {
-      std::lock_guard<std::mutex> lock(sleep_);
-      wake_.notify_all();
-    }
-    do_tasks();
-    // A worker that has not joined by now need not be waited for.
-    state_.fetch_and(~OPEN);
-    for (int spins = 0; (state_.load(std::memory_order_acquire) & WORKERS) != 0; spins++) {
-      spins < SPINS ? pause() : std::this_thread::yield();
-    }
-    if (failed_.load()) throw std::bad_alloc();
-  }
+  Job(int64_t tasks, void (*run)(void *, int64_t), void *context) : tasks_(tasks), run_(run), context_(context) {}
 
- private:
-  static uint64_t number(uint64_t state) { return state >> 32; }
-
-  void do_tasks() {
+  void work() {
     for (int64_t task; (task = next_.fetch_add(1, std::memory_order_relaxed)) < tasks_;) {
       try {
         run_(context_, task);
@@ -68,6 +36,54 @@ class Pool {
       }
     }
   }
+  int64_t tasks() const { return tasks_; }
+  bool failed() const { return failed_.load(); }
+
+ private:
+  const int64_t tasks_;
+  void (*const run_)(void *, int64_t);
+  void *const context_;
+  std::atomic<int64_t> next_{0};
+  std::atomic<bool> failed_{false};
+};
+
+// How compilers begin a parallel region of OpenMP, in the runtime that torch brought; null where it brought none.
+using Region = void (*)(void (*body)(void *), void *data, unsigned threads, unsigned flags);
+Region openmp_region() {
+  static const auto region = reinterpret_cast<Region>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  return region;
+}
+
+// The job on offer, in one word: its number (upper half), whether it may still be joined, and how many workers are in it.
+constexpr uint64_t OPEN = 1u << 31;
+constexpr uint64_t WORKERS = OPEN - 1;
+constexpr int SPINS = 2000;  // some tens of microseconds: the next op of a decode step often comes within that
+
+// Threads of our own, for where OpenMP's cannot be had.
+class Pool {
+ public:
+  void run(int threads, Job &job) {
+    const int helpers = static_cast<int>(job.tasks() - 1 < threads - 1 ? job.tasks() - 1 : threads - 1);
+    while (started_ < helpers) {
+      std::thread([this, seen = number(state_.load())] { work(seen); }).detach();
+      started_++;
+    }
+    job_ = &job, helpers_ = helpers;
+    state_.store(((number(state_.load()) + 1) << 32) | OPEN);
+    if (sleepers_.load() > 0) {
+      std::lock_guard<std::mutex> lock(sleep_);
+      wake_.notify_all();
+    }
+    job.work();
+    // A worker that has not joined by now need not be waited for.
+    state_.fetch_and(~OPEN);
+    for (int spins = 0; (state_.load(std::memory_order_acquire) & WORKERS) != 0; spins++) {
+      spins < SPINS ? pause() : std::this_thread::yield();
+    }
+  }
+
+ private:
+  static uint64_t number(uint64_t state) { return state >> 32; }
 
   void work(uint64_t seen) {
     for (;;) {
@@ -83,7 +99,7 @@ class Pool {
       seen = number(state);
       while (number(state) == seen && (state & OPEN) && (state & WORKERS) < static_cast<uint64_t>(helpers_.load())) {
         if (state_.compare_exchange_weak(state, state + 1)) {
-          do_tasks();
+          job_->work();
           state_.fetch_sub(1, std::memory_order_release);
           break;
         }
@@ -91,27 +107,31 @@ class Pool {
     }
   }
 
-  std::mutex turn_;  // held by the caller whose job is on offer
   int started_ = 0;
 
   std::atomic<uint64_t> state_{0};
-  std::atomic<int64_t> next_{0};
-  std::atomic<bool> failed_{false};
   std::atomic<int> helpers_{0};
-  void (*run_)(void *, int64_t) = nullptr;  // these three are written between jobs, read by those who joined one
-  void *context_ = nullptr;
-  int64_t tasks_ = 0;
+  Job *job_ = nullptr;  // written between jobs, read by those who joined one
 
   std::mutex sleep_;
   std::condition_variable wake_;
   std::atomic<int> sleepers_{0};
 };
 
-// Never destroyed: its threads may outlive main.
-Pool *pool = [] {
-  // The threads do not exist in a forked child, and its copy of the pool may be in any state: begin anew.
-  pthread_atfork(nullptr, nullptr, [] { pool = new Pool; });
-  return new Pool;
+struct Threads {
+  std::mutex turn;  // held by the caller whose job is being done
+  bool forked = false;
+  Pool pool;
+};
+
+// Never destroyed: the pool's threads may outlive main.
+Threads *all_threads = [] {
+  // No thread survives a fork, neither ours nor OpenMP's, and the child's copy of their state may be anything.
+  pthread_atfork(nullptr, nullptr, [] {
+    all_threads = new Threads;
+    all_threads->forked = true;
+  });
+  return new Threads;
 }();
 
 struct Block {
@@ -142,7 +162,19 @@ thread_local Arena arena;
 }  // namespace
 
 void run_tasks(int threads, int64_t tasks, void (*run)(void *, int64_t), void *context) {
-  pool->run(threads, tasks, run, context);
+  Job job(tasks, run, context);
+  Threads &all = *all_threads;
+  std::unique_lock<std::mutex> turn(all.turn, std::try_to_lock);
+  const Region region = openmp_region();
+  if (!turn.owns_lock()) {
+    job.work();
+  } else if (region && !all.forked) {
+    // Always as many threads as torch has: a smaller team would end the others.
+    region([](void *data) { static_cast<Job *>(data)->work(); }, &job, static_cast<unsigned>(threads), 0);
+  } else {
+    all.pool.run(threads, job);
+  }
+  if (job.failed()) throw std::bad_alloc();
 }
 
 Scratch::Scratch() : block_(arena.block), used_(arena.used) { arena.depth++; }

@@ -1,5 +1,6 @@
-// A persistent pool of threads, and scratch memory that outlives a call. No OpenMP: a second runtime beside the one that
-// torch brings would fight it for the cores.
+// Threads, and scratch memory that outlives a call. The threads are those of the OpenMP runtime that torch brought, found
+// when the program runs: after an op of torch they wait in a loop, and a second set of threads would share the cores with
+// them. Linked against it we are not, since that might bring a second one. Where there is none, a pool of our own.
 #pragma once
 
 #include <stddef.h>
@@ -8,7 +9,7 @@
 namespace fssa {
 
 // Runs run(context, task) for every task in [0, tasks), on at most `threads` threads, the caller's among them. A caller
-// that finds the pool busy with another thread's call does its tasks alone. Safe after fork.
+// that finds the threads busy with another caller's tasks does its own alone. Safe after fork.
 void run_tasks(int threads, int64_t tasks, void (*run)(void *context, int64_t task), void *context);
 
 template <class Body>
