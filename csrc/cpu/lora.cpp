@@ -77,13 +77,14 @@ void lora_of(const fssa_lora_args &a) {
     int64_t first = 0;
     for (int64_t i = 0; i < a.part_count; first += a.parts[i].rank, i++) {
       const fssa_lora_part &part = a.parts[i];
-      axpys_parallel(a.threads, Grid{hidden + first, rank, 1}, a.rows, part.rank, rows_of(T{}, part.b), part.width,
+      axpys_parallel(a.threads, Rounded{{hidden + first, rank, 1}}, a.rows, part.rank, rows_of(T{}, part.b), part.width,
                      add_scaled<T>(part, 0, a.scaling));
     }
     return;
   }
-  parallel(a.threads, (a.rows + BLOCK - 1) / BLOCK, [&](int64_t task) {
-    const int64_t begin = task * BLOCK, count = lesser(BLOCK, a.rows - begin);
+  const int64_t share = even_share(a.rows, a.threads, BLOCK);
+  parallel(a.threads, (a.rows + share - 1) / share, [&](int64_t task) {
+    const int64_t begin = task * share, count = lesser(share, a.rows - begin);
     Scratch scratch;
     float *hidden = scratch.floats(count * rank);
     dots([&](int64_t i) { return x(begin + i); }, count, down, rank, a.width, hidden, rank);
@@ -91,7 +92,7 @@ void lora_of(const fssa_lora_args &a) {
     int64_t first = 0;
     for (int64_t i = 0; i < a.part_count; first += a.parts[i].rank, i++) {
       const fssa_lora_part &part = a.parts[i];
-      axpys(Grid{hidden + first, rank, 1}, count, part.rank, rows_of(T{}, part.b), 0, part.width,
+      axpys(Rounded{{hidden + first, rank, 1}}, count, part.rank, rows_of(T{}, part.b), 0, part.width,
             add_scaled<T>(part, begin, a.scaling));
     }
   });

@@ -270,6 +270,85 @@ static void axpys(
   }
 }
 
+// A matrix of adjacent columns, whose elements may be rounded to the dtype of what they are multiplied with.
+struct Rounded : Grid {};
+
+#if defined(__AVX512BF16__)
+// to[2 j] = even[j] and to[2 j + 1] = odd[j], or 0 where there is no odd row, for AXPY_WIDTH columns: 0 from `count` on.
+FSSA_INLINE void interleave(const bfloat16 *even, const bfloat16 *odd, int64_t count, bfloat16 *to) {
+  struct Order {
+    int16_t from[2][32];
+    constexpr Order() : from() {
+      for (int16_t i = 0; i < 64; i++) from[i / 32][i % 32] = static_cast<int16_t>(i / 2 + i % 2 * 32);
+    }
+  };
+  alignas(64) static constexpr Order order;
+  const __mmask32 mask = count < AXPY_WIDTH ? static_cast<__mmask32>((1u << count) - 1) : ~__mmask32{0};
+  const __m512i x = _mm512_maskz_loadu_epi16(mask, even);
+  const __m512i y = odd ? _mm512_maskz_loadu_epi16(mask, odd) : _mm512_setzero_si512();
+  for (int half = 0; half < 2; half++) {
+    const __m512i from = _mm512_load_si512(order.from[half]);
+    _mm512_storeu_si512(to + half * AXPY_WIDTH, _mm512_permutex2var_epi16(x, from, y));
+  }
+}
+
+// tile[i, j] = sum_k a[i, k] b[k, j] for ROWS rows and AXPY_WIDTH columns, two k a lane.
+template <int ROWS>
+static void axpy_pairs(
+    int64_t rows, const bfloat16 *a, int64_t a_stride, const bfloat16 *b, int64_t depth, float *tile) {
+  if constexpr (ROWS > 1) {
+    if (rows < ROWS) return axpy_pairs<ROWS - 1>(rows, a, a_stride, b, depth, tile);
+  }
+  Vec sums[ROWS][2] = {};
+  for (int64_t k = 0; k < depth; k += 2, b += 2 * AXPY_WIDTH) {
+    const __m512bh left = load_pairs(b), right = load_pairs(b + AXPY_WIDTH);
+    FSSA_UNROLL for (int i = 0; i < ROWS; i++) {
+      int pair;
+      memcpy(&pair, a + i * a_stride + k, sizeof(pair));
+      const __m512bh factor = (__m512bh)_mm512_set1_epi32(pair);
+      sums[i][0] = _mm512_dpbf16_ps(sums[i][0], factor, left);
+      sums[i][1] = _mm512_dpbf16_ps(sums[i][1], factor, right);
+    }
+  }
+  FSSA_UNROLL for (int i = 0; i < ROWS; i++) {
+    store(tile + i * AXPY_WIDTH, sums[i][0]);
+    store(tile + i * AXPY_WIDTH + WIDTH, sums[i][1]);
+  }
+}
+
+// axpys, with a's elements rounded to bfloat16.
+template <class Emit>
+static void axpys(
+    const Rounded &a, int64_t rows, int64_t depth, const Rows<bfloat16> &b, int64_t begin, int64_t end,
+    const Emit &emit) {
+  const int64_t even = (depth + 1) / 2 * 2;
+  Scratch scratch;
+  bfloat16 *factors = reinterpret_cast<bfloat16 *>(scratch.floats(rows * even / 2));
+  for (int64_t m = 0; m < rows; m++) {
+    bfloat16 *row = factors + m * even;
+    for (int64_t k = 0; k < depth; k += WIDTH) store_up_to(row + k, load_up_to(a.data + m * a.row + k, depth - k), depth - k);
+    if (depth < even) row[depth] = bfloat16{};
+  }
+  // Columns side by side, and of each the elements of two rows of b.
+  bfloat16 *packed = reinterpret_cast<bfloat16 *>(scratch.floats(even / 2 * AXPY_WIDTH));
+  float tile[AXPY_ROWS * AXPY_WIDTH];
+  for (int64_t n = begin; n < end; n += AXPY_WIDTH) {
+    const int64_t columns = lesser(AXPY_WIDTH, end - n);
+    for (int64_t k = 0; k < even; k += 2) {
+      interleave(b(k) + n, k + 1 < depth ? b(k + 1) + n : nullptr, columns, packed + k * AXPY_WIDTH);
+    }
+    for (int64_t m = 0; m < rows; m += AXPY_ROWS) {
+      const int64_t height = lesser(AXPY_ROWS, rows - m);
+      axpy_pairs<AXPY_ROWS>(height, factors + m * even, even, packed, even, tile);
+      for (int64_t i = 0; i < height; i++) {
+        emit(m + i, n, load(tile + i * AXPY_WIDTH), columns);
+        if (columns > WIDTH) emit(m + i, n + WIDTH, load(tile + i * AXPY_WIDTH + WIDTH), columns - WIDTH);
+      }
+    }
+  }
+}
+#endif
+
 // emit for a matrix of float32, begun anew or added to.
 struct Into {
   float *data;
@@ -285,6 +364,12 @@ struct Into {
 
 constexpr double TASK_WORK = 5e5;  // multiplications that are worth a task of their own: some ten microseconds
 
+// Rows of a task, about so many and at least one, such that every thread gets as many tasks.
+inline int64_t even_share(int64_t rows, int threads, int64_t about) {
+  const int64_t tasks = threads * greater(1, (rows + threads * about / 2) / (threads * about));
+  return greater(1, (rows + tasks - 1) / tasks);
+}
+
 // A matrix cut into tasks, along one side or the other.
 struct Pieces {
   int64_t tasks, rows, columns;  // of a task
@@ -296,7 +381,7 @@ struct Pieces {
     if (threads <= 1) wanted = 1;
     rows = m, columns = n;
     if (wanted > 1 && m >= 48 * threads) {
-      rows = greater(48, (m + wanted - 1) / wanted);
+      rows = even_share(m, threads, greater(48, m / wanted));
     } else if (wanted > 1) {
       columns = ((n + wanted - 1) / wanted + AXPY_WIDTH - 1) / AXPY_WIDTH * AXPY_WIDTH;
     }
@@ -320,13 +405,14 @@ static void dots_parallel(
 }
 
 // axpys() by several threads.
-template <class BRows, class Emit>
+template <class A, class BRows, class Emit>
 static void axpys_parallel(
-    int threads, const Grid &a, int64_t rows, int64_t depth, const BRows &b, int64_t columns, const Emit &emit) {
+    int threads, const A &a, int64_t rows, int64_t depth, const BRows &b, int64_t columns, const Emit &emit) {
   const Pieces pieces(rows, columns, depth, threads);
   parallel(threads, pieces.tasks, [&](int64_t task) {
     const int64_t m = task / pieces.across * pieces.rows, n = task % pieces.across * pieces.columns;
-    const Grid part{a.data + m * a.row, a.row, a.column};
+    A part = a;
+    part.data += m * a.row;
     axpys(part, lesser(pieces.rows, rows - m), depth, b, n, lesser(n + pieces.columns, columns),
           [&](int64_t i, int64_t j, Vec v, int64_t count) { emit(m + i, j, v, count); });
   });

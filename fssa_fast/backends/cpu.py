@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -46,27 +45,9 @@ def refuses(op: str, tensor: Tensor) -> str | None:
     return None
 
 
-_WIDE_RANK, _DECODE_ROWS = 64, 64
-
-
 def prefers(op: str, args: Sequence[Any]) -> bool:
-    """False where the definition has to run (pairs of a dtype that is not taken), or was measured to be faster.
-
-    That is lora in bfloat16 at high ranks on processors that multiply bfloat16, which PyTorch's products use both ways
-    and ours on the way to the ranks only (bench/results/ops.json). At the row counts of decoding ours runs all the
-    same: its rows do not depend on their batch.
-    """
-    if op in ("lora", "lora_"):
-        x, _, a = args[:3]
-        wide = a.shape[0] >= _WIDE_RANK and x.numel() > _DECODE_ROWS * x.shape[-1]
-        return not (wide and x.dtype == torch.bfloat16 and _multiplies_bfloat16())
+    """False where the definition has to run: for pairs of a dtype that is not taken, in a bank of one that is."""
     return op != "context_rows_" or args[2].dtype in CODES
-
-
-@cache
-def _multiplies_bfloat16() -> bool:
-    found = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-    return any(supported() for supported in found if supported is not None)
 
 
 def isa() -> str:
