@@ -43,7 +43,7 @@ triton, reason = load_backend("triton")
 if triton is None:
     pytest.skip(f"the Triton backend cannot run here: {reason}", allow_module_level=True)
 
-from fssa_fast.kernels import configs, lora  # noqa: E402  (needs triton)
+from fssa_fast.kernels import configs, context, lora  # noqa: E402  (needs triton)
 
 PROOF = os.environ.get("FSSA_PROOF") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -335,11 +335,14 @@ FAULTS = {
         "context", "tl.where((query < last)[:, None], tl.exp2(score - norm[:, None]), 0.0)",
         "tl.exp2(score - norm[:, None])", "context",
     ),
+    "padding of a tile that takes part": (
+        "context_few", "tl.where(met[:, None], p / tl.sum(p, 1)[:, None], 0.0)", "p / tl.sum(p, 1)[:, None]", "context",
+    ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_planted_fault_is_caught(tmp_path, fault):
+def test_a_planted_fault_is_caught(tmp_path, monkeypatch, fault):
     """The same calls pass as the kernels are, and fail with the fault."""
     name, old, new, op = FAULTS[fault]
     text = Path(configs.__file__).with_name(f"{name}.py").read_text()
@@ -352,9 +355,12 @@ def test_a_planted_fault_is_caught(tmp_path, fault):
         "film": lambda: film_args(3, 130, torch.float32),
         "film_backward": lambda: (normal(40, 17), *film_args(40, 17, torch.float32, 1)),
         "lora": lambda: lora_args(5, *PARTS["three"], torch.float32),
-        "context": lambda: arguments("few", torch.float32),
+        "context": lambda: arguments("few" if name == "context_few" else "long", torch.float32),
     }[op]()
     check(op, *args)
+    if name == "context_few":
+        monkeypatch.setattr(context, "encode_few", planted.encode_few)
+        planted = context
     with unwritten_is_nan(), pytest.raises(AssertionError, match="allowed"):
         check_parity(getattr(planted, op)(*here(args)), DEFINITIONS[op], here(args))
 
