@@ -15,6 +15,7 @@ from bench.gpu_cases import SIZES, Case, context_encoders, normal, size, users_o
 from fssa_fast.generation.cache import BLOCK
 
 SINGLE = 4  # bytes of a float32
+PAGE = 256  # positions
 
 
 def film_backward_cases(width: int = 4096) -> Iterator[Case]:
@@ -50,7 +51,7 @@ def lora_backward_cases(width: int = 4096) -> Iterator[Case]:
 
 
 def context_backward_cases(heads: int = 8) -> Iterator[Case]:
-    """The forward's kernels again, and three for the attention."""
+    """The forward's kernels again, and three for the attention, where there is one."""
     for case in context_encoders():
         data, choices, offsets, weights = case.data, case.choices, case.offsets, case.weights
         pairs, users, latent = len(data), len(offsets) - 1, case.latent
@@ -70,10 +71,17 @@ def context_backward_cases(heads: int = 8) -> Iterator[Case]:
         grad = normal(users, latent)
         args = (grad, data, choices, offsets, weights, "linear", "self-attention", heads)
         yield Case(case.name, "context_backward", args, fewest, needed)
+        inner, outer = weights[:2], weights[8:]
+        fewest = size(data, choices, *inner) + 2 * h + parts + size(offsets)  # encode, and the sum of a user's h
+        fewest += parts + size(offsets, *outer) + 3 * users * latent * item  # outer
+        needed = pairs * latent * 2 * data.shape[2] + 2 * users * latent * latent
+        args = (grad, data, choices, offsets, [*inner, *6 * [None], *outer], "linear", "mean", heads)
+        yield Case(f"{case.name}, mean", "context_backward", args, fewest, needed)
 
 
 def block_cases(heads: int = 8, group: int = 4, width: int = 128) -> Iterator[Case]:
-    """The steps of a fused block: the second half of adapters, the gate, and attention over the cache."""
+    """The steps of a fused block: the second half of adapters, the gate, attention over the cache, and what precedes
+    attention where another kernel does it."""
     model, inner = heads * group * width, 14336
     for name, rows in SIZES.items():
         users, slots = users_of(rows)
@@ -88,6 +96,14 @@ def block_cases(heads: int = 8, group: int = 4, width: int = 128) -> Iterator[Ca
         gate = normal(rows, 2 * inner)
         gated = torch.empty(rows, inner, dtype=gate.dtype)
         yield Case(f"{name}, F {inner}", "gate_", (gate[:, :inner], gate[:, inner:], gated, True), 3 * size(gated), 0)
+        q, k, v = normal(rows, model), normal(rows, heads * width), normal(rows, heads * width)
+        cos, sin = torch.randn(rows, width), torch.randn(rows, width)
+        positions, owners = torch.arange(rows, dtype=torch.int32), torch.zeros(rows, dtype=torch.int32)
+        table = torch.arange(-(-rows // PAGE), dtype=torch.int32)[None]
+        keys, values = normal(2, table.numel(), PAGE, heads, width)
+        args = (q, k, v, cos, sin, positions, owners, table, torch.empty_like(q).view(rows, -1, width), keys, values)
+        fewest = 2 * size(q, k, v) + size(cos, sin, positions, owners, table)
+        yield Case(name, "turn_", args, fewest, 0)
     for name, sequences, new, length in (
         ("1 sequence of 1000", 1, 1, 1000),
         ("4 sequences of 500", 4, 1, 500),

@@ -121,7 +121,11 @@ def count_triton(module: Any, case: Case) -> Count:
     def adapt_(parts: Any, slots: Tensor) -> None:
         block.adapt_([block.Part(*part) for part in parts], slots)
 
-    steps = {"adapt_": adapt_, "gate_": block.gate_, "attention": _attention}
+    def turn_(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, *rest: Any) -> None:
+        rotary = block.Rotary(cos, sin, None, 0.0)
+        block.turn_(q, k, v, rotary, rotary, *rest)
+
+    steps = {"adapt_": adapt_, "gate_": block.gate_, "attention": _attention, "turn_": turn_}
     with _interpreter_counts() as counts:
         (module.IMPLEMENTATIONS | steps)[case.op](*case.args)
     return Count(**counts)
