@@ -92,6 +92,49 @@ def test_unknown_names(monkeypatch):
 
 
 @native
+def test_every_op_has_an_implementation():
+    assert set(load_backend("cpu")[0].IMPLEMENTATIONS) == set(backends._references)
+
+
+def test_a_missing_native_module_is_explained(monkeypatch):
+    """As in a checkout that was not built: the module fssa_fast._C cannot be imported."""
+    program = (
+        "import sys; sys.modules['fssa_fast._C'] = None\n"
+        "import torch\n"
+        "from fssa_fast.backends import load_backend\n"
+        "from fssa_fast.ops import film\n"
+        "print(load_backend('cpu')[1])\n"
+        "x = torch.zeros(1, 4)\n"
+        "film(x, x, x, torch.zeros(1, dtype=torch.int32))\n"
+    )
+    for name, code in (("auto", 0), ("cpu", 1)):
+        environment = {**os.environ, "FSSA_BACKEND": name}
+        run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+        assert run.returncode == code, run.stderr
+        assert "pip install" in run.stdout and "fssa_fast._C" in run.stdout
+        assert ("BackendError" in run.stderr) == (code == 1)
+
+
+# ---------------------------------------------------------------- instruction sets and threads
+
+
+@native
+def test_instruction_sets():
+    cpu, _ = load_backend("cpu")
+    before = cpu.isa()
+    assert "scalar" in cpu.supported_isas() and before in cpu.supported_isas()
+    try:
+        for name in cpu.supported_isas():
+            cpu.set_isa(name)
+            assert cpu.isa() == name
+    finally:
+        cpu.set_isa(before)
+    with pytest.raises(ValueError, match="name: expected scalar.*, got sse9"):
+        cpu.set_isa("sse9")
+    assert cpu.isa() == before
+
+
+@native
 @pytest.mark.parametrize("name", ["scalar", "sse9"])
 def test_instruction_set_from_the_environment(name):
     program = (
