@@ -33,7 +33,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from fssa_fast.kernels import block, context, film, lora
+from fssa_fast.kernels import block, context, context_backward, film, lora
 from fssa_fast.kernels.common import INTERPRETED
 
 TABLE = Path(__file__).with_name("aot.json")
@@ -86,9 +86,9 @@ def _lora(
 
 def context_case(
     pairs: int, embedding: int, width: int, inner: str, pooling: str, heads: int, sampled: bool = False,
-    backward: bool = False,
+    backward: bool = False, alike: bool = False,
 ) -> Callable[[torch.dtype], Any]:  # fmt: skip
-    """Eight users, who together have so many pairs: how many each has is not known when kernels are launched."""
+    """Eight users, who together have so many pairs: how many each has is known at a launch only where all are alike."""
 
     def launch(dtype: torch.dtype) -> None:
         users = 8
@@ -102,9 +102,11 @@ def context_case(
             *linear(width, width, attention), *linear(width, width), *linear(width * (1 + sampled), width),
         ]  # fmt: skip
         choices = _empty(pairs, 2, embedding, dtype=dtype), _empty(pairs, dtype=torch.int64)
-        packed = (*choices, _empty(users + 1, dtype=torch.int32))
+        offsets = torch.arange(users + 1, dtype=torch.int32) * (pairs // users)
+        packed = (*choices, offsets if alike else offsets.to("meta"))
         if backward:
-            context.context_backward(_empty(users, width, dtype=dtype), *packed, weights, inner, pooling, heads)
+            grad = _empty(users, width, dtype=dtype)
+            context_backward.context_backward(grad, *packed, weights, inner, pooling, heads)
             return
         noise = _empty(users, width, dtype=dtype) if sampled else None
         bank, slots = _empty(64, 5 * width, dtype=dtype), _empty(users, dtype=torch.int32)
@@ -178,6 +180,9 @@ CASES: dict[str, Callable[[torch.dtype], Any]] = {
     "context-one-head": context_case(80, 768, 512, "linear", "self-attention", 1),
     "context-mean": context_case(80, 384, 256, "mlp", "mean", 8),
     "context-odd": context_case(80, 33, 60, "linear", "self-attention", 3),
+    "context-few": context_case(64, 384, 256, "linear", "self-attention", 8),
+    "context-few-mlp": context_case(64, 384, 256, "mlp", "self-attention", 8),
+    "context-many": context_case(4096, 384, 256, "linear", "self-attention", 8, alike=True),
     "context_backward": context_case(4096, 384, 256, "linear", "self-attention", 8, backward=True),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -70,6 +71,11 @@ def accumulate(
             x = narrow(x, w.dtype)
         total = dot(x, w, total)
     return total
+
+
+def constants(tile: Any) -> Any:
+    """A named tuple of numbers as a kernel's argument whose fields are known when it is compiled."""
+    return type(tile)(*map(tl.constexpr, tile))
 
 
 def as_rows(tensor: Tensor) -> Tensor:

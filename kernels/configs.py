@@ -15,7 +15,7 @@ import torch
 from fssa_fast.kernels.common import power_of_two
 
 WIDEST_NORM = 65536  # film_norm holds a row in registers
-WIDEST_FEW = 256  # context_few holds a tile of h in registers where it is 16-bit and up to so wide
+WIDEST_IN_REGISTERS = 256  # context holds a tile of h in registers where it is 16-bit and up to so wide
 LOG2E = 1.4426950408889634
 
 
@@ -109,7 +109,7 @@ class LinearTile(NamedTuple):
 
 
 def linear_tile(rows: int, width: int, dtype: torch.dtype) -> LinearTile:
-    """The context encoder's linears: few rows, so a program takes many columns and streams the weights."""
+    """Modulations of users: few rows, so a program takes many columns and streams the weights."""
     height = 16 if rows <= 1024 else 32
     if _wide(dtype):
         columns = power_of_two(width, 16, 64 if height == 16 else 32)
@@ -125,13 +125,13 @@ class AttentionTile(NamedTuple):
 
 
 def attention_tile(depth: int, dtype: torch.dtype) -> AttentionTile:
-    """Square tiles of a user's pairs; a context that fits one takes the short way."""
+    """Square tiles of a user's pairs."""
     if _wide(dtype):
         return AttentionTile(32, 32, 8)
     return AttentionTile(64, power_of_two(depth, 16, 64), 8)
 
 
-class FewTile(NamedTuple):
+class EncodeTile(NamedTuple):
     in_registers: bool  # h; else it goes through memory
     width: int  # of a vector, at a time; in registers all of it
     columns: int  # of a weight, at a time
@@ -141,12 +141,29 @@ class FewTile(NamedTuple):
     warps: int
 
 
-def few_tile(width: int, dtype: torch.dtype) -> FewTile:
-    """Contexts of few pairs: a user's h is one tile, where it fits in registers."""
-    stretch = power_of_two(width, 16, WIDEST_FEW)
+def encode_tile(width: int, dtype: torch.dtype) -> EncodeTile:
+    """context's encoders: a tile's h stays in registers where it fits."""
+    stretch = power_of_two(width, 16, WIDEST_IN_REGISTERS)
     if _wide(dtype):
-        return FewTile(False, stretch, 32, 16, 1, 16, 4)
-    return FewTile(width <= WIDEST_FEW, stretch, 32, 64, 2, 16, 8)
+        return EncodeTile(False, stretch, 32, 16, 1, 16, 4)
+    in_registers = width <= WIDEST_IN_REGISTERS
+    return EncodeTile(in_registers, stretch, 32 if in_registers else 64, 64, 2, 16, 8)
+
+
+class ManyTile(NamedTuple):
+    rows: int  # pairs that a program encodes
+    pairs: int  # that a program attends from, and to at a time; a multiple of rows
+    depth: int  # of a head, at a time
+    whole: bool  # whether that is all of it
+    stages: int  # of the walk along the keys
+
+
+def many_tile(width: int, heads: int, attention: bool, dtype: torch.dtype) -> ManyTile:
+    """A user's many pairs: few enough a program that the chip is full, and the weights are not read too often."""
+    if not attention:
+        return ManyTile(16, 16, 16, True, 1)
+    tile = attention_tile(width // heads, dtype)
+    return ManyTile(32, tile.pairs, tile.depth, width // heads <= tile.depth, 1 if _wide(dtype) else 2)
 
 
 class AttendTile(NamedTuple):

@@ -21,7 +21,7 @@ SUBSET = [
     "sm_100/lora-prefill-576/float16/*",
     "gfx942/lora-decode-576/bfloat16/*",
     "sm_80/context-linear/float16/*",
-    "sm_90/context-odd/bfloat16/context_pool",
+    "sm_90/context-odd/bfloat16/context_encode",
     "gfx942/film_backward-4096/float32/*",
     "sm_100/context_backward/bfloat16/context_keys",
     "sm_90/block-decode-1536/bfloat16/*",
@@ -52,14 +52,15 @@ for kernel in ("shrink", "expand"):
     print(*(c.asm["ptx"].count("griddepcontrol") for c in compiled))
 """
 
-FEW = """
+CONTEXTS = """
 from fssa_fast.kernels import aot
 
 for dtype in aot.DTYPES.values():
     for width, heads in ((60, 3), (256, 8), (1024, 8)):
         for inner, pooling in (("linear", "self-attention"), ("mlp", "mean")):
-            launches = aot.launches_of(lambda: aot.context_case(64, 384, width, inner, pooling, heads)(dtype))
-            print(*(launch.kernel.__name__ for launch in launches))
+            for pairs in (64, 80, 4096):
+                case = aot.context_case(pairs, 384, width, inner, pooling, heads)
+                print(*(launch.kernel.__name__ for launch in aot.launches_of(lambda: case(dtype))))
 """
 
 
@@ -84,18 +85,18 @@ def test_expand_is_launched_early_where_the_chip_can(tmp_path: Path) -> None:
     assert done.stdout.splitlines() == ["0 1", "0 1"], done.stderr
 
 
-def test_few_choices_become_rows_in_two_launches(tmp_path: Path) -> None:
-    """In every dtype and at every width."""
-    script = tmp_path / "few.py"
-    script.write_text(FEW)
+def test_choices_become_rows_in_two_launches(tmp_path: Path) -> None:
+    """However many, in every dtype and at every width."""
+    script = tmp_path / "contexts.py"
+    script.write_text(CONTEXTS)
     done = compiling(str(script))
-    assert done.stdout.splitlines() == ["context_few_kernel context_rows_kernel"] * 18, done.stderr
+    assert done.stdout.splitlines() == ["context_encode_kernel context_rows_kernel"] * 54, done.stderr
 
 
 def test_the_whole_table_can_run() -> None:
     """No row of it is a fault by itself, and tensor cores do every product of 16-bit numbers."""
     table = aot.table()
-    without = {"lora_ranks", "context_sum", "remember", "turn", "gate", "join"}
+    without = {"lora_ranks", "remember", "turn", "gate", "join"}
     for key, row in table.items():
         assert not aot.worse(key, row, row)
         chip, _, dtype, kernel = key.split("/")

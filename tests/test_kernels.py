@@ -26,6 +26,7 @@ from cases import (
     some_slots,
     unwritten_is_nan,
 )
+from interleaving import interleaved
 from tolerances import check_parity
 from torch import Tensor
 
@@ -47,6 +48,7 @@ from fssa_fast.kernels import configs, context, lora  # noqa: E402  (needs trito
 
 PROOF = os.environ.get("FSSA_PROOF") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+interpreted = pytest.mark.skipif(DEVICE == "cuda", reason="the order of a GPU's programs is its own")
 DEFINITIONS = {
     "film": film_reference,
     "film_backward": film_backward_reference,
@@ -239,7 +241,7 @@ def test_lora_rows_do_not_depend_on_their_batch(dtype):
 
 # ---------------------------------------------------------------- context
 
-# pairs of each user; E, H, heads, inner, pooling, Z. A tile holds 64 pairs, 32 in float32
+# pairs of each user; E, H, heads, inner, pooling, Z. Up to 64 pairs are few
 CONTEXTS = {
     "few": ((3, 0, 1, 20, 5), 7, 24, 3, "linear", "self-attention", 24),
     "long": ((66, 0, 64, 65), 20, 40, 2, "mlp", "self-attention", 80),
@@ -252,6 +254,7 @@ if PROOF:
     CONTEXTS |= {
         "minilm": ((10, 1, 7), 384, 256, 8, "linear", "self-attention", 256),
         "sampled": ((17, 0, 33), 111, 64, 8, "mlp", "self-attention", 128),
+        "wide": ((3, 70), 9, 300, 3, "mlp", "self-attention", 300),
         "longer": ((130, 3), 17, 48, 3, "linear", "self-attention", 48),
         "one wide head": ((4, 2), 24, 130, 1, "mlp", "self-attention", 130),
         "mean, linear": ((1, 65), 33, 17, 1, "linear", "mean", 34),
@@ -307,6 +310,20 @@ def test_context_rows(dtype, bank_dtype, noisy):
     check_parity(got, lambda *args: rows(context_rows_reference_, *args), args)
 
 
+def test_noise_reaches_every_latent():
+    """Of a width that takes more than one stretch of a vector."""
+    *encoder, inner, pooling, heads = context_args((2, 66), 5, 300, 1, "linear", "mean", torch.float32, 600)
+    args = here((*encoder, columns(9, 300, torch.float32), normal(9), normal(2, 300, scale=8.0)))
+    bank, slots = here((torch.zeros(3, 9), torch.tensor([2, 0])))
+
+    def latents(op: Any, *args: Any) -> list[Tensor]:
+        return [op(bank.to(args[0].dtype), slots, *args, inner, pooling, heads)]
+
+    with use_backend("triton"), unwritten_is_nan():
+        got = latents(torch.ops.fssa.context_rows_, *args)
+    check_parity(got, lambda *args: latents(context_rows_reference_, *args), args)
+
+
 @pytest.mark.parametrize("case", ["few", "long"])
 def test_context_of_a_user_does_not_depend_on_the_others(case):
     pairs, choices, offsets, *rest = here(arguments(case, torch.float32))
@@ -331,38 +348,83 @@ FAULTS = {
     "a column short": ("film", "inside = d < width\n", "inside = d < width - 1\n", "film"),
     "a sum begun anew": ("film", "dscale += tl.sum(grad * x, 0)", "dscale = tl.sum(grad * x, 0)", "film_backward"),
     "a split of the wrong columns": ("lora", "start = split * chunk", "start = 0 * chunk", "lora"),
-    "padding that takes part": (
-        "context", "tl.where((query < last)[:, None], tl.exp2(score - norm[:, None]), 0.0)",
-        "tl.exp2(score - norm[:, None])", "context",
-    ),
-    "padding of a tile that takes part": (
+    "padding of few pairs that takes part": (
         "context_few", "tl.where(met[:, None], p / tl.sum(p, 1)[:, None], 0.0)", "p / tl.sum(p, 1)[:, None]", "context",
     ),
+    "padding of many pairs that takes part": (
+        "context_many", "tl.where(asks[:, None], mixed / total[:, None], 0.0)", "mixed / total[:, None]", "context",
+    ),
+    "padding of queries that takes part": (
+        "context_backward", "tl.where((query < last)[None, :], tl.exp2(score - norm[None, :]), 0.0)",
+        "tl.exp2(score - norm[None, :])", "context_backward",
+    ),
 }  # fmt: skip
+
+
+def plant(monkeypatch: pytest.MonkeyPatch, folder: Path, name: str, old: str, new: str) -> Any:
+    """The kernels' module of that name with `old` replaced; where context uses parts of it, it uses these."""
+    text = Path(configs.__file__).with_name(f"{name}.py").read_text()
+    assert old in text
+    (folder / "planted.py").write_text(text.replace(old, new))
+    spec = importlib.util.spec_from_file_location("planted", folder / "planted.py")
+    planted = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(planted)
+    for part in {"pool_few", "take_turn"} & planted.__dict__.keys():
+        monkeypatch.setattr(context, part, getattr(planted, part))
+    return planted
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_caught(tmp_path, monkeypatch, fault):
     """The same calls pass as the kernels are, and fail with the fault."""
     name, old, new, op = FAULTS[fault]
-    text = Path(configs.__file__).with_name(f"{name}.py").read_text()
-    assert old in text
-    (tmp_path / "planted.py").write_text(text.replace(old, new))
-    spec = importlib.util.spec_from_file_location("planted", tmp_path / "planted.py")
-    planted = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(planted)
+    long = arguments("long", torch.float32)
     args = {
         "film": lambda: film_args(3, 130, torch.float32),
         "film_backward": lambda: (normal(40, 17), *film_args(40, 17, torch.float32, 1)),
         "lora": lambda: lora_args(5, *PARTS["three"], torch.float32),
-        "context": lambda: arguments("few" if name == "context_few" else "long", torch.float32),
+        "context": lambda: arguments("few", torch.float32) if name == "context_few" else long,
+        "context_backward": lambda: (normal(len(long[2]) - 1, CONTEXTS["long"][-1]), *long),
     }[op]()
     check(op, *args)
-    if name == "context_few":
-        monkeypatch.setattr(context, "encode_few", planted.encode_few)
-        planted = context
+    planted = plant(monkeypatch, tmp_path, name, old, new)
     with unwritten_is_nan(), pytest.raises(AssertionError, match="allowed"):
-        check_parity(getattr(planted, op)(*here(args)), DEFINITIONS[op], here(args))
+        check_parity(getattr(planted, op, context.context)(*here(args)), DEFINITIONS[op], here(args))
+
+
+# ---------------------------------------------------------------- programs that wait for each other
+
+RACES = {
+    "a turn that does not wait": ("_wait(arrived, tl.cdiv(count, MANY.rows))", "pass"),
+    "a turn that waits for too few": ("_wait(arrived, tl.cdiv(count, MANY.rows))", "_wait(arrived, 1)"),
+    "parts that are not waited for": ("== tl.cdiv(count, MANY.pairs) * attending - 1", "== 0"),
+}
+
+
+@interpreted
+@pytest.mark.parametrize("case", ["long", "mean", "sum"])
+@pytest.mark.parametrize("resident", [1, 3, 1000])
+def test_programs_may_run_in_any_order(case, resident):
+    """However few of them fit the chip at once, and wherever they are held up: the same bits."""
+    args = arguments(case, torch.float32)
+    expected = run("context", *args)
+    for seed in range(3):
+        with interleaved(seed, resident):
+            assert torch.equal(run("context", *args), expected)
+
+
+@interpreted
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of what was read too soon
+@pytest.mark.parametrize("race", RACES)
+def test_a_planted_race_is_caught(tmp_path, monkeypatch, race):
+    args = arguments("long", torch.float32)
+    expected = run("context", *args)
+    plant(monkeypatch, tmp_path, "context_many", *RACES[race])
+    got = []
+    for seed in range(3):
+        with interleaved(seed, 1000):
+            got.append(run("context", *args))
+    assert not any(torch.equal(found, expected) for found in got)
 
 
 # ---------------------------------------------------------------- the backend

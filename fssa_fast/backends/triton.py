@@ -29,7 +29,7 @@ OLDEST, NEWEST = "3.6", "3.9"  # that the kernels were tested with
 if tuple(map(int, triton.__version__.split(".")[:2])) < tuple(map(int, OLDEST.split("."))):
     raise ImportError(f"triton: expected version {OLDEST} or newer, got {triton.__version__}")
 try:
-    from fssa_fast.kernels import configs, context, film, lora
+    from fssa_fast.kernels import configs, context, context_backward, film, lora
     from fssa_fast.kernels.common import INTERPRETED
 except Exception as error:  # what a later release no longer has shows as anything
     raise ImportError(
@@ -73,8 +73,9 @@ def prefers(op: str, args: Sequence[Any]) -> bool:
 def _check_pairs(pairs: Tensor, choices: Tensor, offsets: Tensor) -> None:
     if pairs.dtype not in DTYPES:
         raise BackendError(f"backend 'triton' cannot take pairs of dtype {pairs.dtype}")
-    if pairs.device.type == "cpu":
+    if choices.device.type == "cpu":
         check_choices(choices)
+    if offsets.device.type == "cpu":
         check_offsets(offsets.tolist(), pairs.shape[0])
 
 
@@ -119,5 +120,5 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "lora_backward": _launching(lora.lora_backward, _slots_at(6, 4)),
     "context": _launching(context.context, lambda pairs, choices, offsets, *_: _check_pairs(pairs, choices, offsets)),
     "context_rows_": _launching(context.context_rows_, _check_rows),
-    "context_backward": _launching(context.context_backward, lambda grad, *args: _check_pairs(*args[:3])),
+    "context_backward": _launching(context_backward.context_backward, lambda grad, *args: _check_pairs(*args[:3])),
 }
