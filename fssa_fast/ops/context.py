@@ -262,7 +262,8 @@ def context(
     Args:
         pairs: embeddings of the two options of each choice, [N, 2, E], users one after the other.
         choices: integers [N], 0 where the first option was chosen, 1 where the second.
-        offsets: int32 or int64 [U + 1], from 0 to N.
+        offsets: int32 or int64 [U + 1], from 0 to N; on the pairs' device, or on the CPU, so that kernels can be
+            fitted to them without waiting for a GPU.
         weights: of pairs' dtype and device.
         inner: "linear" or "mlp". pooling: "self-attention" (summed over the pairs), "mean" or "sum".
         heads: of the attention; divides H.

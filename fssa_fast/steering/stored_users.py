@@ -251,7 +251,7 @@ class StoredUsers(Users):
             return torch.empty(0)
         encoder, weight = self._policy.encoder, self._policy.encoder.inner0.weight
         joined = torch.cat(list(pairs)).to(weight)
-        offsets = torch.tensor([0, *(len(own) for own in pairs)], device=weight.device).cumsum(0)
+        offsets = torch.tensor([0, *(len(own) for own in pairs)]).cumsum(0)
         sides = torch.zeros(len(joined), dtype=torch.long, device=weight.device)
         return _finite_latents(encoder.latents(joined, sides, offsets))
 

@@ -230,7 +230,7 @@ class Users:
             where,
             joined,
             torch.zeros(len(joined), dtype=torch.long, device=weight.device),
-            torch.tensor(offsets, device=weight.device),
+            torch.tensor(offsets),
             encoder.weights(),
             weight,
             modulator.bias,
