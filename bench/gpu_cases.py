@@ -90,7 +90,7 @@ class Encoder(NamedTuple):
 
 
 def context_encoders() -> Iterator[Encoder]:
-    """Decode sizes: few choices; prefill sizes: many users at once."""
+    """Decode sizes: few choices; prefill sizes: many users at once, and one of many choices."""
     for name, users, pairs, embedding, latent in (
         ("1 user of 10", 1, 10, 4096, LATENT),
         ("1 user of 64", 1, 64, 4096, LATENT),
@@ -98,6 +98,7 @@ def context_encoders() -> Iterator[Encoder]:
         ("8 users of 10, H 1024", 8, 10, 1024, 1024),
         ("64 users of 10", 64, 10, 384, LATENT),
         ("32 users of 64", 32, 64, 384, LATENT),
+        ("1 user of 512", 1, 512, 4096, LATENT),
     ):
         shapes = [(latent, 2 * embedding), (3 * latent, latent), (latent, latent), (latent, latent), (latent, latent)]
         first, qkv, out, outer0, outer1 = [(normal(o, i, scale=i**-0.5), normal(o)) for o, i in shapes]

@@ -51,31 +51,27 @@ def lora_backward_cases(width: int = 4096) -> Iterator[Case]:
 
 
 def context_backward_cases(heads: int = 8) -> Iterator[Case]:
-    """The forward's kernels again, and three for the attention, where there is one."""
+    """The forward's kernel again, which leaves three vectors a user, and three for the attention where there is one."""
     for case in context_encoders():
         data, choices, offsets, weights = case.data, case.choices, case.offsets, case.weights
         pairs, users, latent = len(data), len(offsets) - 1, case.latent
         item = data.element_size()
-        h, parts, statistics = pairs * latent * item, users * latent * SINGLE, pairs * heads * SINGLE
-        inner, outer = weights[:6], weights[6:]
-        qkv = 3 * h
-        fewest = size(data, choices, *inner) + h + qkv  # encode
-        fewest += qkv + parts + size(offsets)  # pool
-        fewest += parts + size(offsets, *outer) + 4 * users * latent * item  # outer
-        fewest += 2 * h + 3 * statistics  # the softmax, and its mean of the gradient
-        fewest += 2 * h + 3 * statistics + h  # queries
-        fewest += 2 * h + 3 * statistics + users * latent * item + 2 * h  # keys and values
+        h, statistics = pairs * latent * item, pairs * heads * SINGLE
+        vectors = users * latent * (item + 3 * SINGLE)
+        fewest = size(data, choices, offsets, *weights) + vectors  # forward
+        fewest += size(offsets) + 2 * h + 3 * statistics  # the softmax, and its mean of the gradient
+        fewest += size(offsets) + 2 * h + 3 * statistics + h  # queries
+        fewest += size(offsets) + 2 * h + 3 * statistics + users * latent * item + 2 * h  # keys and values
         most = pairs // users
         needed = pairs * latent * (2 * data.shape[2] + 3 * latent) + 3 * users * latent * latent
         needed += pairs * most * latent * (1 + 1 + 2 + 2)
         grad = normal(users, latent)
         args = (grad, data, choices, offsets, weights, "linear", "self-attention", heads)
         yield Case(case.name, "context_backward", args, fewest, needed)
-        inner, outer = weights[:2], weights[8:]
-        fewest = size(data, choices, *inner) + 2 * h + parts + size(offsets)  # encode, and the sum of a user's h
-        fewest += parts + size(offsets, *outer) + 3 * users * latent * item  # outer
+        weights = [*weights[:2], *6 * [None], *weights[8:]]
+        fewest = size(data, choices, offsets, *weights) + vectors
         needed = pairs * latent * 2 * data.shape[2] + 2 * users * latent * latent
-        args = (grad, data, choices, offsets, [*inner, *6 * [None], *outer], "linear", "mean", heads)
+        args = (grad, data, choices, offsets, weights, "linear", "mean", heads)
         yield Case(f"{case.name}, mean", "context_backward", args, fewest, needed)
 
 
