@@ -110,7 +110,7 @@ def encode(call: Call, outputs: int, noise: Tensor | None) -> tuple[Tensor, Tens
     tile = configs.encode_tile(width, pairs.dtype)
     many = configs.many_tile(width, call.heads, attention, pairs.dtype)
     depth = width // call.heads if attention else width
-    tiles = count // many.pairs + users if some_many else 0
+    tiles = 2 * triton.cdiv(count, many.pairs) if some_many else 0
     turns = tiles * (many.pairs // many.rows + (call.heads * triton.cdiv(depth, many.depth) if attention else 0))
 
     h_rows, qkv_rows = (0 if tile.in_registers else count), (count if some_many or not tile.in_registers else 0)

@@ -16,7 +16,33 @@ from torch import Tensor
 from fssa_fast.kernels import configs
 from fssa_fast.kernels.common import accumulate, dot, narrow, store
 from fssa_fast.kernels.context import Call, encode
-from fssa_fast.kernels.context_many import span_of_tile
+
+
+@triton.jit
+def _user_of_tile(offsets_ptr, users, tile, PAIRS: tl.constexpr):
+    """The last user whose first tile is not after this one; see `_span_of_tile`."""
+    low = tile * 0
+    high = low + users
+    while high - low > 1:
+        middle = (low + high) // 2
+        first = tl.load(offsets_ptr + middle).to(tl.int32) // PAIRS + middle
+        low = tl.where(first <= tile, middle, low)
+        high = tl.where(first <= tile, high, middle)
+    return low
+
+
+@triton.jit
+def _span_of_tile(offsets_ptr, users, tile, PAIRS: tl.constexpr):
+    """The tile's user, the user's first and last pair (exclusive), and the tile's first pair.
+
+    User u owns the tiles `offsets[u] // PAIRS + u` up to, not including, `offsets[u + 1] // PAIRS + u + 1`, from its
+    own first pair on: always enough, and known without reading the offsets on the host.
+    """
+    user = _user_of_tile(offsets_ptr, users, tile, PAIRS)
+    first = tl.load(offsets_ptr + user).to(tl.int64)
+    last = tl.load(offsets_ptr + user + 1).to(tl.int64)
+    begin = first + (tile - user - (first // PAIRS).to(tl.int32)) * PAIRS
+    return user, first, last, begin
 
 
 @triton.jit
@@ -28,7 +54,7 @@ def context_statistics_kernel(
     means [N, heads], the softmax's mean of weights [N, heads].
     """
     head = tl.program_id(1)
-    user, first, last, begin = span_of_tile(offsets_ptr, users, tl.program_id(0), PAIRS)
+    user, first, last, begin = _span_of_tile(offsets_ptr, users, tl.program_id(0), PAIRS)
     if begin < last:
         query = begin + tl.arange(0, PAIRS)
         q_rows = qkv_ptr + query * (3 * width) + head * depth
@@ -58,7 +84,7 @@ def context_queries_kernel(
 ):  # fmt: skip
     """Program (tile of queries, head, stretch of its depth): dq_i = scale sum_j p_ij (w_j - mean_i) k_j."""
     head = tl.program_id(1)
-    user, first, last, begin = span_of_tile(offsets_ptr, users, tl.program_id(0), PAIRS)
+    user, first, last, begin = _span_of_tile(offsets_ptr, users, tl.program_id(0), PAIRS)
     if begin < last:
         query = begin + tl.arange(0, PAIRS)
         d = tl.program_id(2) * DEPTH + tl.arange(0, DEPTH)
@@ -91,7 +117,7 @@ def context_keys_kernel(
     dk_j = scale sum_i p_ij (w_j - mean_i) q_i, and dv_j = (sum_i p_ij) dpooled.
     """
     head = tl.program_id(1)
-    user, first, last, begin = span_of_tile(offsets_ptr, users, tl.program_id(0), PAIRS)
+    user, first, last, begin = _span_of_tile(offsets_ptr, users, tl.program_id(0), PAIRS)
     if begin < last:
         key = begin + tl.arange(0, PAIRS)
         d = tl.program_id(2) * DEPTH + tl.arange(0, DEPTH)

@@ -7,8 +7,10 @@ adds what the tiles gave, in their order, and goes on to what is encoded.
 
 The attention never holds more than a tile of scores: a running maximum, denominator and sum of values a query.
 
-User u owns the tiles `offsets[u] // PAIRS + u` up to, not including, `offsets[u + 1] // PAIRS + u + 1`, counted from
-its own first pair: always enough, known without reading the offsets on the host, so nothing waits for the GPU.
+Tiles are of PAIRS pairs, counted from the user's own first. Call PAIRS pairs of the packed order a window. Two tiles of
+users of many pairs begin in it at most: one of the user who has the window's first pair, tile 2 w, and one of the last
+user to begin after that, tile 2 w + 1. So much is known without reading the offsets on the host: nothing waits for the
+GPU.
 """
 
 from __future__ import annotations
@@ -22,25 +24,32 @@ from fssa_fast.kernels.context_linears import encode_in_memory, encode_in_regist
 
 
 @triton.jit
-def _user_of_tile(offsets_ptr, users, tile, PAIRS: tl.constexpr):
-    """The last user whose first tile is not after this one; see the module's docstring."""
-    low = tile * 0
+def _user_of_pair(offsets_ptr, users, pair):
+    """The last user who begins at this pair or before."""
+    low = pair * 0
     high = low + users
     while high - low > 1:
         middle = (low + high) // 2
-        first = tl.load(offsets_ptr + middle).to(tl.int32) // PAIRS + middle
-        low = tl.where(first <= tile, middle, low)
-        high = tl.where(first <= tile, high, middle)
+        begun = tl.load(offsets_ptr + middle).to(tl.int32) <= pair
+        low = tl.where(begun, middle, low)
+        high = tl.where(begun, high, middle)
     return low
 
 
 @triton.jit
-def span_of_tile(offsets_ptr, users, tile, PAIRS: tl.constexpr):
-    """The tile's user, the user's first and last pair (exclusive), and the tile's first pair."""
-    user = _user_of_tile(offsets_ptr, users, tile, PAIRS)
-    first = tl.load(offsets_ptr + user).to(tl.int64)
-    last = tl.load(offsets_ptr + user + 1).to(tl.int64)
-    begin = first + (tile - user - (first // PAIRS).to(tl.int32)) * PAIRS
+def _tile(offsets_ptr, users, tile, PAIRS: tl.constexpr):
+    """The tile's user, the user's first and last pair (exclusive), the tile's first pair; see the module's docstring.
+
+    Where there is no such tile its first pair is not before the last.
+    """
+    window = tile // 2 * PAIRS
+    inside = tile % 2 * (PAIRS - 1)
+    user = _user_of_pair(offsets_ptr, users, window + inside)
+    first = tl.load(offsets_ptr + user).to(tl.int32)
+    last = tl.load(offsets_ptr + user + 1).to(tl.int32)
+    begin = first + tl.cdiv(tl.maximum(window - first, 0), PAIRS) * PAIRS
+    if (inside > 0) & (first <= window):
+        begin = last
     return user, first, last, begin
 
 
@@ -122,15 +131,16 @@ def _attend_tile(qkv_ptr, part, begin, first, last, head, stretch, width, depth,
 
 
 @triton.jit
-def _add_parts(parts, tiles, divisor, pooled, width, TILE):
-    """pooled = the sum of so many parts [tiles, H], over the divisor."""
+def _add_parts(parts, first, count, divisor, pooled, width, PAIRS: tl.constexpr, TILE):
+    """pooled = the sum of the parts of a user's tiles, over the divisor."""
     for start in range(0, width, TILE.width):
         n = start + tl.arange(0, TILE.width)
         total = tl.zeros([TILE.width], tl.float32)
-        for begin in range(0, tiles, 16):
-            tile = begin + tl.arange(0, 16)
-            mask = (tile < tiles)[:, None] & (n < width)[None, :]
-            total += tl.sum(tl.load(parts + tile[:, None] * width + n[None, :], mask=mask, other=0.0), 0)
+        for begin in range(0, tl.cdiv(count, PAIRS), 16):
+            number = begin + tl.arange(0, 16)
+            tile = 2 * (first // PAIRS + number) + tl.where((number == 0) & (first % PAIRS > 0), 1, 0)
+            mask = (number < tl.cdiv(count, PAIRS))[:, None] & (n < width)[None, :]
+            total += tl.sum(tl.load(parts + tile.to(tl.int64)[:, None] * width + n[None, :], mask=mask, other=0.0), 0)
         tl.store(pooled + n, total / divisor, mask=n < width)
 
 
@@ -146,8 +156,7 @@ def take_turn(given, w, scratch, users, tiles, width, heads, depth, exponent, ME
     tile = turn // encoding
     if turn >= tiles * encoding:
         tile = (turn - tiles * encoding) // attending
-    user, first, last, begin = span_of_tile(given.offsets, users, tile, MANY.pairs)
-    first, last, begin = first.to(tl.int32), last.to(tl.int32), begin.to(tl.int32)  # for registers' sake
+    user, first, last, begin = _tile(given.offsets, users, tile, MANY.pairs)
     count = last - first
     arrived = scratch.turns + 1 + 2 * user
     part = scratch.parts + tile.to(tl.int64) * width
@@ -173,6 +182,5 @@ def take_turn(given, w, scratch, users, tiles, width, heads, depth, exponent, ME
         divisor = 1
         if MEAN:
             divisor = count
-        own = scratch.parts + (first // MANY.pairs + user) * width
-        _add_parts(own, tl.cdiv(count, MANY.pairs), divisor, vectors, width, TILE)
+        _add_parts(scratch.parts, first, count, divisor, vectors, width, MANY.pairs, TILE)
     return user.to(tl.int64), count, vectors, complete

@@ -26,6 +26,8 @@ from cases import (
     some_slots,
     unwritten_is_nan,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from interleaving import interleaved
 from tolerances import check_parity
 from torch import Tensor
@@ -333,6 +335,17 @@ def test_context_of_a_user_does_not_depend_on_the_others(case):
         own = torch.tensor([0, end - begin], device=DEVICE)
         alone = run("context", pairs[begin:end], choices[begin:end], own, *rest)
         assert torch.equal(alone[0], together[user])
+
+
+@settings(max_examples=60 if PROOF else 15, deadline=None)
+@given(
+    st.lists(st.sampled_from([0, 1, 16, 17, 31, 63, 64, 65, 66, 96, 129, 193]), min_size=1, max_size=6),
+    st.sampled_from(["self-attention", "sum"]),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_every_pair_counts_once(sizes, pooling, dtype):
+    """Wherever users begin and end in the windows of the packed order."""
+    check("context", *context_args(tuple(sizes), 3, 8, 2, "linear", pooling, dtype))
 
 
 def test_context_takes_any_integers():
