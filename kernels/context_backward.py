@@ -16,19 +16,7 @@ from torch import Tensor
 from fssa_fast.kernels import configs
 from fssa_fast.kernels.common import accumulate, dot, narrow, store
 from fssa_fast.kernels.context import Call, encode
-
-
-@triton.jit
-def _user_of_tile(offsets_ptr, users, tile, PAIRS: tl.constexpr):
-    """The last user whose first tile is not after this one; see `_span_of_tile`."""
-    low = tile * 0
-    high = low + users
-    while high - low > 1:
-        middle = (low + high) // 2
-        first = tl.load(offsets_ptr + middle).to(tl.int32) // PAIRS + middle
-        low = tl.where(first <= tile, middle, low)
-        high = tl.where(first <= tile, high, middle)
-    return low
+from fssa_fast.kernels.context_many import last_user
 
 
 @triton.jit
@@ -38,7 +26,7 @@ def _span_of_tile(offsets_ptr, users, tile, PAIRS: tl.constexpr):
     User u owns the tiles `offsets[u] // PAIRS + u` up to, not including, `offsets[u + 1] // PAIRS + u + 1`, from its
     own first pair on: always enough, and known without reading the offsets on the host.
     """
-    user = _user_of_tile(offsets_ptr, users, tile, PAIRS)
+    user = last_user(offsets_ptr, users, tile, PAIRS)
     first = tl.load(offsets_ptr + user).to(tl.int64)
     last = tl.load(offsets_ptr + user + 1).to(tl.int64)
     begin = first + (tile - user - (first // PAIRS).to(tl.int32)) * PAIRS

@@ -24,15 +24,17 @@ from fssa_fast.kernels.context_linears import encode_in_memory, encode_in_regist
 
 
 @triton.jit
-def _user_of_pair(offsets_ptr, users, pair):
-    """The last user who begins at this pair or before."""
-    low = pair * 0
+def last_user(offsets_ptr, users, at, PAIRS: tl.constexpr):
+    """The last user who begins at this pair or before; or at this tile, where each begins a new one of PAIRS pairs."""
+    low = at * 0
     high = low + users
     while high - low > 1:
         middle = (low + high) // 2
-        begun = tl.load(offsets_ptr + middle).to(tl.int32) <= pair
-        low = tl.where(begun, middle, low)
-        high = tl.where(begun, high, middle)
+        begins = tl.load(offsets_ptr + middle).to(tl.int32)
+        if PAIRS is not None:
+            begins = begins // PAIRS + middle
+        low = tl.where(begins <= at, middle, low)
+        high = tl.where(begins <= at, high, middle)
     return low
 
 
@@ -44,7 +46,7 @@ def _tile(offsets_ptr, users, tile, PAIRS: tl.constexpr):
     """
     window = tile // 2 * PAIRS
     inside = tile % 2 * (PAIRS - 1)
-    user = _user_of_pair(offsets_ptr, users, window + inside)
+    user = last_user(offsets_ptr, users, window + inside, None)
     first = tl.load(offsets_ptr + user).to(tl.int32)
     last = tl.load(offsets_ptr + user + 1).to(tl.int32)
     begin = first + tl.cdiv(tl.maximum(window - first, 0), PAIRS) * PAIRS

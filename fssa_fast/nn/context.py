@@ -49,7 +49,7 @@ def pack_choices(pairs: Sequence[Tensor], choices: Sequence[Tensor]) -> tuple[Te
 
 
 class ContextEncoder(nn.Module):
-    """Encodes each user's choices, however many, to a latent; method.md has the mathematics.
+    """Encodes each user's choices, however many, to a latent; `fssa_fast.ops.context` has the mathematics.
 
     Args:
         embedding_width: E, of an option's embedding. latent_width: H.

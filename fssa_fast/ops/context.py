@@ -1,7 +1,7 @@
 """context: from the choices of many users to their latents, and on to their rows of the bank.
 
-The encoder is that of arXiv 2412.13998, section 3.1 (method.md has it step by step): every choice is the joined
-embeddings of what was chosen and what was rejected; an inner encoder, a permutation-invariant pooling, an outer MLP.
+The encoder is that of arXiv 2412.13998, section 3.1: every choice is the joined embeddings of what was chosen and what
+was rejected; an inner encoder, a permutation-invariant pooling, an outer MLP.
 Users are ragged: their pairs are packed one after the other, and `offsets` says where each user begins.
 """
 
