@@ -21,7 +21,7 @@ from fssa_fast.kernels.common import dot, narrow, store
 from fssa_fast.kernels.film import film_norm_kernel
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def adapt_kernel(
     hidden_ptrs, gamma_ptrs, beta_ptrs, b_ptrs, y_ptrs, hidden_strides, gamma_strides, gamma_steps, beta_strides,
     beta_steps, b_strides, y_strides, ranks, columns, slots_ptr, rows,
@@ -100,7 +100,7 @@ def _turned(rows, met, norm_ptr, cos, sin, half, eps, NORM: tl.constexpr, HALF: 
     return low * cos_low - high * sin_low, high * cos_high + low * sin_high
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride"])
 def remember_kernel(
     k_ptr, v_ptr, norm_ptr, cos_ptr, sin_ptr, positions_ptr, sequences_ptr, table_ptr, keys_ptr, values_ptr, heads,
     width, half, eps, k_stride, v_stride, table_stride,
@@ -129,7 +129,7 @@ def remember_kernel(
     tl.store(values_ptr + base[:, None] + position % PAGE * width + d[None, :], value, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride"])
 def turn_kernel(
     q_ptr, k_ptr, v_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr, positions_ptr, sequences_ptr, table_ptr, turned_ptr,
     keys_ptr, values_ptr, heads, kv_heads, width, half, eps, q_stride, k_stride, v_stride, table_stride, page_size,
@@ -191,7 +191,7 @@ def _store_heads(out, group, width, total, sums, GROUP: tl.constexpr, WIDTH: tl.
     store(out + (g * width)[:, None] + d[None, :], value, (g < group)[:, None] & (d < width)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride"])
 def attend_kernel(
     q_ptr, norm_ptr, cos_ptr, sin_ptr, positions_ptr, sequences_ptr, table_ptr, keys_ptr, values_ptr, out_ptr,
     sums_ptr, tops_ptr, totals_ptr, group, width, half, eps, scale, softcap, window, q_stride, table_stride,

@@ -23,7 +23,7 @@ from fssa_fast.kernels.context_many import take_turn
 from fssa_fast.ops.context import ContextWeights
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["users", "tiles"])
 def context_encode_kernel(
     given, w, noise_ptr, noise_stride, scratch, encoded_ptr, users, tiles, width, outputs, heads, depth, exponent,
     MEAN: tl.constexpr, SOME_FEW: tl.constexpr, SOME_MANY: tl.constexpr, MANY, TILE,
@@ -53,7 +53,7 @@ def context_encode_kernel(
                 encode_pooled(user, count, w, noise_ptr, noise_stride, vectors, encoded_ptr, width, outputs, TILE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["users"])
 def context_rows_kernel(
     latents_ptr, modulation_ptr, bias_ptr, bank_ptr, slots_ptr, users, depth, width, modulation_stride, bank_stride,
     bank_step, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,

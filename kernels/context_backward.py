@@ -33,7 +33,7 @@ def _span_of_tile(offsets_ptr, users, tile, PAIRS: tl.constexpr):
     return user, first, last, begin
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["users"])
 def context_statistics_kernel(
     qkv_ptr, weights_ptr, offsets_ptr, norms_ptr, means_ptr, users, width, depth, heads, exponent,
     PAIRS: tl.constexpr, DEPTH: tl.constexpr,
@@ -65,7 +65,7 @@ def context_statistics_kernel(
         store(means_ptr + query * heads + head, mean / total, query < last)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["users"])
 def context_queries_kernel(
     qkv_ptr, weights_ptr, offsets_ptr, norms_ptr, means_ptr, dqkv_ptr, users, width, depth, heads, exponent, scale,
     PAIRS: tl.constexpr, DEPTH: tl.constexpr,
@@ -95,7 +95,7 @@ def context_queries_kernel(
         store(at, total * scale, (query < last)[:, None] & (d < depth)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["users"])
 def context_keys_kernel(
     qkv_ptr, weights_ptr, offsets_ptr, norms_ptr, means_ptr, dpooled_ptr, dqkv_ptr, users, width, depth, heads,
     exponent, scale, PAIRS: tl.constexpr, DEPTH: tl.constexpr,

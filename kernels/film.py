@@ -15,7 +15,7 @@ from fssa_fast.kernels import configs
 from fssa_fast.kernels.common import as_rows, narrow, rows_per_slot, slot_segments, store
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["group"])
 def film_kernel(
     x_ptr, scale_ptr, shift_ptr, slots_ptr, y_ptr, width, group,
     x_stride, scale_stride, scale_step, shift_stride, shift_step, BLOCK: tl.constexpr,
@@ -31,7 +31,7 @@ def film_kernel(
     store(y_ptr + row * width + d, x * (1 + scale) + shift, inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["group"])
 def film_norm_kernel(
     x_ptr, residual_ptr, scale_ptr, shift_ptr, slots_ptr, weight_ptr, hidden_ptr, normed_ptr, width, group, eps,
     x_stride, residual_stride, scale_stride, scale_step, shift_stride, shift_step, BLOCK: tl.constexpr,
@@ -53,7 +53,7 @@ def film_norm_kernel(
     store(normed_ptr + row * width + d, scaled * weight, inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["group"])
 def film_norm_rows_kernel(
     grad_ptr, x_ptr, residual_ptr, scale_ptr, shift_ptr, slots_ptr, weight_ptr, inverse_ptr, pull_ptr, width, group,
     eps, grad_stride, x_stride, residual_stride, scale_stride, scale_step, shift_stride, shift_step,
@@ -76,7 +76,7 @@ def film_norm_rows_kernel(
     tl.store(pull_ptr + row, inverse * inverse * inverse * tl.sum(grad * weight * hidden) / width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots"], do_not_specialize_on_alignment=["group"])
 def film_columns_kernel(
     grad_ptr, grad_normed_ptr, x_ptr, residual_ptr, scale_ptr, shift_ptr, weight_ptr, inverse_ptr, pull_ptr, order_ptr,
     starts_ptr, dx_ptr, dscale_ptr, dshift_ptr, dweight_ptr, slots, width, group, grad_stride, grad_normed_stride,

@@ -29,7 +29,7 @@ from fssa_fast.kernels.common import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def lora_shrink_kernel(
     x_ptr, a_ptr, hidden_ptr, rows, width, rank, chunk, x_stride, a_stride, hidden_stride, hidden_split_stride,
     JOINED: tl.constexpr, EARLY: tl.constexpr, ROWS: tl.constexpr, RANKS: tl.constexpr, STEP: tl.constexpr,
@@ -83,7 +83,7 @@ def _expand(
     store(out_ptr + m[:, None] * out_stride + n[None, :], y + scaling * total, mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["group"])
 def lora_expand_kernel(
     hidden_ptr, y_ptrs, out_ptrs, b_ptrs, y_strides, out_strides, b_strides, ranks, columns, gamma_ptr, beta_ptr,
     slots_ptr, scaling, rows, group, hidden_stride, hidden_split_stride, gamma_stride, gamma_step, beta_stride,
@@ -112,7 +112,7 @@ def lora_expand_kernel(
         rank_offset += ranks[i]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots"], do_not_specialize_on_alignment=["group"])
 def lora_ranks_kernel(
     grad_ptr, hidden_ptr, gamma_ptr, beta_ptr, order_ptr, starts_ptr, dproduct_ptr, modulated_ptr, dgamma_ptr,
     dbeta_ptr, slots, rank, group, scaling, gamma_stride, gamma_step, beta_stride, beta_step,

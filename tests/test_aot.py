@@ -64,6 +64,38 @@ for dtype in aot.DTYPES.values():
 """
 
 
+SIZES = """
+import torch
+from triton.compiler.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
+from fssa_fast.kernels import aot, film, lora
+
+def few_tokens(rows):
+    x, slots = aot._empty(2, rows, 4096, dtype=torch.bfloat16), aot._empty(2, dtype=torch.int32)
+    bank = aot._empty(64, 4096, dtype=torch.bfloat16)
+    film.film(x, bank, bank, slots)
+    a, b = aot._empty(16, 4096, dtype=torch.bfloat16), aot._empty(16, 4096, dtype=torch.bfloat16)
+    lora.lora_(x, [x], a, [b], bank[:, :16], None, slots, 1.0)
+
+CASES = {
+    "film": lambda rows: aot._film(rows, 4096, "film")(torch.bfloat16),
+    "film_norm": lambda rows: aot._film(rows, 576, "film_norm")(torch.bfloat16),
+    "lora": lambda rows: aot._lora(rows, 4096, [16, 16], [4096, 1024])(torch.bfloat16),
+    "block": lambda rows: aot._block(rows, 1536, 9, 3, 64)(torch.bfloat16),
+    "context": lambda pairs: aot.context_case(1000 + pairs, 384, 256, "mlp", "mean", 8)(torch.bfloat16),
+    "tokens": few_tokens,
+}
+backend = make_backend(aot.TARGETS["sm_90"])
+for name, run in CASES.items():
+    found = {}
+    for size in (5, 16, 17, 30) if name == "tokens" else (1, 5, 16, 32, 33):
+        for launch in aot.launches_of(lambda: run(size)):
+            bind = create_function_from_signature(launch.kernel.signature, launch.kernel.params, backend)
+            found.setdefault(launch.kernel.__name__, set()).add(repr(bind(*launch.args, **launch.meta)[1]))
+    print(name, *(f"{kernel}: {len(keys)}" for kernel, keys in found.items() if len(keys) > 1))
+"""
+
+
 def compiling(*command: str) -> subprocess.CompletedProcess[str]:
     """Runs Python where Triton compiles, which it does not in a process that interprets."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -91,6 +123,14 @@ def test_choices_become_rows_in_two_launches(tmp_path: Path) -> None:
     script.write_text(CONTEXTS)
     done = compiling(str(script))
     assert done.stdout.splitlines() == ["context_encode_kernel context_rows_kernel"] * 54, done.stderr
+
+
+def test_a_batch_of_another_size_compiles_nothing(tmp_path: Path) -> None:
+    """Which would hold its users up for seconds: rows, users, pairs and tokens choose tiles, and nothing else."""
+    script = tmp_path / "sizes.py"
+    script.write_text(SIZES)
+    done = compiling(str(script))
+    assert done.stdout.split() == ["film", "film_norm", "lora", "block", "context", "tokens"], done.stdout + done.stderr
 
 
 def test_the_whole_table_can_run() -> None:
