@@ -341,11 +341,10 @@ def test_context_of_a_user_does_not_depend_on_the_others(case):
 @given(
     st.lists(st.sampled_from([0, 1, 16, 17, 31, 63, 64, 65, 66, 96, 129, 193]), min_size=1, max_size=6),
     st.sampled_from(["self-attention", "sum"]),
-    st.sampled_from([torch.float32, torch.bfloat16]),
 )
-def test_every_pair_counts_once(sizes, pooling, dtype):
+def test_every_pair_counts_once(sizes, pooling):
     """Wherever users begin and end in the windows of the packed order."""
-    check("context", *context_args(tuple(sizes), 3, 8, 2, "linear", pooling, dtype))
+    check("context", *context_args(tuple(sizes), 3, 8, 2, "linear", pooling, torch.bfloat16))
 
 
 def test_context_takes_any_integers():
