@@ -19,7 +19,7 @@ from fssa_fast.nn import ContextEncoder
 from fssa_fast.steering.choices import Choice
 from fssa_fast.steering.growing import GrowingContext
 from fssa_fast.steering.store import Change, Choices, Option, Stamp, StoredUser, StoreError, UserStore
-from fssa_fast.steering.users import BASE, PRIOR, Steerer, UnknownUser, User, Users, _finite
+from fssa_fast.steering.users import BASE, PRIOR, Steerer, UnknownUser, User, Users, _finite, packed
 
 
 class StoredUsers(Users):
@@ -250,10 +250,7 @@ class StoredUsers(Users):
         if not pairs:
             return torch.empty(0)
         encoder, weight = self._policy.encoder, self._policy.encoder.inner0.weight
-        joined = torch.cat(list(pairs)).to(weight)
-        offsets = torch.tensor([0, *(len(own) for own in pairs)]).cumsum(0)
-        sides = torch.zeros(len(joined), dtype=torch.long, device=weight.device)
-        return _finite_latents(encoder.latents(joined, sides, offsets))
+        return _finite_latents(encoder.latents(*packed(pairs, weight)))
 
     def _encode_again(self, names: Sequence[str]) -> None:
         users, pairs = [], []

@@ -219,18 +219,12 @@ class Users:
             return []
         encoder, modulator, bank = self._policy.encoder, self._policy.modulator, self._policy.bank
         weight = modulator.weight
-        offsets = [0]
-        for own in pairs:
-            offsets.append(offsets[-1] + len(own))
-        joined = torch.cat(pairs).to(weight)
         where = torch.tensor(slots, device=weight.device)
         before = bank.rows[where]
         latents = context_rows_(
             bank.modulations,
             where,
-            joined,
-            torch.zeros(len(joined), dtype=torch.long, device=weight.device),
-            torch.tensor(offsets),
+            *packed(pairs, weight),
             encoder.weights(),
             weight,
             modulator.bias,
@@ -246,6 +240,13 @@ class Users:
                 f"users: expected rows finite in {before.dtype}, got NaN or infinity from these choices or strengths"
             )
         return list(latents.cpu())
+
+
+def packed(pairs: Sequence[Tensor], weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Users' pairs [K, 2, E], what was chosen first, as the ops take them: pairs, choices, and offsets on the CPU."""
+    joined = torch.cat(list(pairs)).to(weight)
+    offsets = torch.tensor([0, *(len(own) for own in pairs)]).cumsum(0)
+    return joined, torch.zeros(len(joined), dtype=torch.long, device=weight.device), offsets
 
 
 def _finite(name: str, value: float) -> float:
