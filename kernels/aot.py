@@ -229,15 +229,19 @@ def all_launches() -> dict[str, Launch]:
 # ---------------------------------------------------------------- what comes out
 
 
+def bind(launch: Launch, target: GPUTarget) -> tuple[dict[str, Any], list[Any], dict[str, Any]]:
+    """The launch's arguments by name, for each what of it is compiled in, and the launch's options."""
+    kernel, meta = launch.kernel, dict(launch.meta)
+    if "EARLY" in meta:  # which a launch asks the GPU it is for
+        meta["EARLY"] = target.backend == "cuda" and target.arch >= 90
+    return create_function_from_signature(kernel.signature, kernel.params, make_backend(target))(*launch.args, **meta)
+
+
 def compile_launch(launch: Launch, target: GPUTarget) -> Any:
     """The kernel compiled for the target as this launch would have it."""
     kernel = launch.kernel
     backend = make_backend(target)
-    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    meta = dict(launch.meta)
-    if "EARLY" in meta:  # which a launch asks the GPU it is for
-        meta["EARLY"] = target.backend == "cuda" and target.arch >= 90
-    bound, specialization, options = bind(*launch.args, **meta)
+    bound, specialization, options = bind(launch, target)
     parsed, signature, constexprs, attrs = kernel._pack_args(backend, options, bound, specialization, options)
     source = ASTSource(kernel, signature, constexprs, attrs)
     return triton.compile(source, target=target, options=parsed.__dict__)

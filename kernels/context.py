@@ -28,7 +28,10 @@ def context_encode_kernel(
     given, w, noise_ptr, noise_stride, scratch, encoded_ptr, users, tiles, width, outputs, heads, depth, exponent,
     MEAN: tl.constexpr, SOME_FEW: tl.constexpr, SOME_MANY: tl.constexpr, MANY, TILE,
 ):  # fmt: skip
-    """encoded [U, outputs]; with noise latents. Programs: the users, if SOME_FEW, then the turns, if SOME_MANY."""
+    """encoded [U, outputs]; with noise latents. Programs: the users, if SOME_FEW, then the turns, if SOME_MANY.
+
+    Each way has its own copy of `encode_pooled`: one for both takes more registers than there are.
+    """
     program = tl.program_id(0)
     alone = users if SOME_FEW else 0
     if program < alone:
@@ -164,8 +167,9 @@ def context_rows_(
     """`fssa_fast.ops.context_rows_`."""
     call = Call.of(pairs, choices, offsets, weights, pooling, heads)
     depth = modulation.shape[1]
-    sampled = noise is not None and len(call.weights.outer1) == 2 * depth
-    latents, _ = encode(call, depth, as_rows(noise) if sampled and noise is not None else None)
+    if noise is not None:  # a point latent takes none
+        noise = as_rows(noise) if len(call.weights.outer1) == 2 * depth else None
+    latents, _ = encode(call, depth, noise)
     users = len(latents)
     if users:
         modulation = as_rows(modulation)

@@ -27,14 +27,15 @@ class _Program(threading.Thread):
 
     def run(self) -> None:
         try:
-            self.pause(self.turn)
+            self.pause()
             self.launch.body()
         except Exception as error:
             self.launch.fail(error)
         self.launch.ended(self)
 
-    def pause(self, turn: threading.Semaphore) -> None:
-        turn.acquire()
+    def pause(self) -> None:
+        """Until it is this program's turn."""
+        self.turn.acquire()
         if self.launch.error:
             raise self.launch.error
         BUILDER.grid_idx = self.index
@@ -42,7 +43,7 @@ class _Program(threading.Thread):
 
 class _Launch:
     def __init__(self, body: Callable[[], None], indices: list[tuple[int, int, int]], resident: int, seed: int) -> None:
-        self.body, self.draw, self.most = body, random.Random(seed), 200_000
+        self.body, self.draw, self.accesses_left = body, random.Random(seed), 200_000
         self.error: Exception | None = None
         self.over = threading.Event()
         self.waiting = [_Program(self, index) for index in indices]
@@ -55,20 +56,18 @@ class _Launch:
         self.running.append(self.waiting.pop())
         self.running[-1].start()
 
-    def go_on(self) -> _Program:
-        chosen = self.draw.choice(self.running)
-        chosen.turn.release()
-        return chosen
+    def go_on(self) -> None:
+        self.draw.choice(self.running).turn.release()
 
     def access(self) -> None:
         """Called by the program that runs: another one may go on before it does."""
-        self.most -= 1
-        if not self.most:
+        self.accesses_left -= 1
+        if not self.accesses_left:
             raise RuntimeError("the programs wait for each other")
         here = threading.current_thread()
         assert isinstance(here, _Program)
         self.go_on()
-        here.pause(here.turn)
+        here.pause()
 
     def fail(self, error: Exception) -> None:
         self.error = self.error or error

@@ -66,8 +66,6 @@ for dtype in aot.DTYPES.values():
 
 SIZES = """
 import torch
-from triton.compiler.compiler import make_backend
-from triton.runtime.jit import create_function_from_signature
 from fssa_fast.kernels import aot, film, lora
 
 def few_tokens(rows):
@@ -85,13 +83,12 @@ CASES = {
     "context": lambda pairs: aot.context_case(1000 + pairs, 384, 256, "mlp", "mean", 8)(torch.bfloat16),
     "tokens": few_tokens,
 }
-backend = make_backend(aot.TARGETS["sm_90"])
 for name, run in CASES.items():
     found = {}
     for size in (5, 16, 17, 30) if name == "tokens" else (1, 5, 16, 32, 33):
         for launch in aot.launches_of(lambda: run(size)):
-            bind = create_function_from_signature(launch.kernel.signature, launch.kernel.params, backend)
-            found.setdefault(launch.kernel.__name__, set()).add(repr(bind(*launch.args, **launch.meta)[1]))
+            _, compiled_in, _ = aot.bind(launch, aot.TARGETS["sm_90"])
+            found.setdefault(launch.kernel.__name__, set()).add(repr(compiled_in))
     print(name, *(f"{kernel}: {len(keys)}" for kernel, keys in found.items() if len(keys) > 1))
 """
 
@@ -109,27 +106,21 @@ def test_a_subset_is_as_good_as_the_table() -> None:
         assert pattern.removesuffix("*") in done.stdout
 
 
-def test_expand_is_launched_early_where_the_chip_can(tmp_path: Path) -> None:
+def test_expand_is_launched_early_where_the_chip_can() -> None:
     """Shrink lets it begin, expand waits; on older chips neither."""
-    script = tmp_path / "early.py"
-    script.write_text(EARLY)
-    done = compiling(str(script))
+    done = compiling("-c", EARLY)
     assert done.stdout.splitlines() == ["0 1", "0 1"], done.stderr
 
 
-def test_choices_become_rows_in_two_launches(tmp_path: Path) -> None:
+def test_choices_become_rows_in_two_launches() -> None:
     """However many, in every dtype and at every width."""
-    script = tmp_path / "contexts.py"
-    script.write_text(CONTEXTS)
-    done = compiling(str(script))
+    done = compiling("-c", CONTEXTS)
     assert done.stdout.splitlines() == ["context_encode_kernel context_rows_kernel"] * 54, done.stderr
 
 
-def test_a_batch_of_another_size_compiles_nothing(tmp_path: Path) -> None:
+def test_a_batch_of_another_size_compiles_nothing() -> None:
     """Which would hold its users up for seconds: rows, users, pairs and tokens choose tiles, and nothing else."""
-    script = tmp_path / "sizes.py"
-    script.write_text(SIZES)
-    done = compiling(str(script))
+    done = compiling("-c", SIZES)
     assert done.stdout.split() == ["film", "film_norm", "lora", "block", "context", "tokens"], done.stdout + done.stderr
 
 
