@@ -20,8 +20,9 @@ from torch import Tensor
 
 from bench.timing import compare, machine, pretty
 from fssa_fast import ops
+from fssa_fast.arguments import ContextWeights
 from fssa_fast.backends import chosen_backend
-from fssa_fast.ops.context import ContextWeights, context_reference
+from fssa_fast.ops.context import context_reference
 from fssa_fast.ops.film import film_norm_reference, film_reference
 from fssa_fast.ops.lora import lora_reference_
 

@@ -25,11 +25,10 @@ from torch import Tensor
 from bench.timing import compare, machine, pretty
 from fssa_fast import Choice, TextEmbedder
 from fssa_fast.nn import ContextEncoder, Modulator
-from fssa_fast.steering import SqliteStore, StoredUsers
-from fssa_fast.steering.bank import Bank
-from fssa_fast.steering.growing import GrowingContext
-from fssa_fast.steering.sites import Layout
-from fssa_fast.steering.store import Change, Option, StoredUser
+from fssa_fast.users import SqliteStore, StoredUsers
+from fssa_fast.users.bank import Bank
+from fssa_fast.users.growing import GrowingContext
+from fssa_fast.users.store import Change, Option, StoredUser
 
 EMBEDDING, LATENT, WIDTH = 384, 256, 30 * (2 * 576 + 4 * 16)
 
@@ -43,7 +42,7 @@ class Steering:
         torch.manual_seed(0)
         self.encoder = ContextEncoder(EMBEDDING, LATENT).eval()
         self.modulator = Modulator(LATENT, WIDTH, std=0.05)
-        self.bank = Bank(Layout((), (), WIDTH, WIDTH), capacity, torch.float32, torch.device("cpu"))
+        self.bank = Bank(WIDTH, WIDTH, capacity, torch.float32, torch.device("cpu"))
 
 
 def choices_of(count: int, seed: int) -> list[Choice]:

@@ -13,8 +13,8 @@ from pathlib import Path
 from fssa_fast.data import held_out_examples, split_users
 from fssa_fast.data.files import choice_data, read_choices
 from fssa_fast.data.make import make_choices, read_items
-from fssa_fast.evaluation.rewards import interval, model_predictor, score, truncate
 from fssa_fast.training.fit import RewardConfig, fit_reward
+from fssa_fast.training.scores import interval, model_predictor, score, truncate
 
 
 def main(ratings: str, items: str, out: str, steps: int = 1000) -> dict[int, tuple[float, float, float]]:

@@ -1,15 +1,33 @@
-"""What the three ops share: the library they are registered in, and the checks of their arguments."""
+"""What the ops take: the kinds of an encoder, its weights as one group, and the checks of arguments."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-library = torch.library.Library("fssa", "DEF")
-
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INNER = ("linear", "mlp")
+POOLING = ("self-attention", "mean", "sum")
+
+
+class ContextWeights(NamedTuple):
+    """The weights of a context encoder, as torch's Linear and MultiheadAttention hold them; None where not used."""
+
+    inner0: Tensor  # [H, 2E]
+    inner0_bias: Tensor  # [H]
+    inner1: Tensor | None  # [H, H], inner "mlp"
+    inner1_bias: Tensor | None  # [H]
+    qkv: Tensor | None  # [3H, H], pooling "self-attention"
+    qkv_bias: Tensor | None  # [3H]
+    out: Tensor | None  # [H, H]
+    out_bias: Tensor | None  # [H]
+    outer0: Tensor  # [H, H]
+    outer0_bias: Tensor  # [H]
+    outer1: Tensor  # [Z, H]: Z = H, or 2H where latents are sampled
+    outer1_bias: Tensor  # [Z]
 
 
 def check_tensor(name: str, tensor: Tensor, shape: Sequence[int | None], like: Tensor | None = None) -> None:
@@ -45,12 +63,21 @@ def check_slot_range(slots: Tensor, count: int) -> None:
         raise IndexError(f"slots: expected values in [0, {count}), got {int(bad)}")
 
 
-def gather_rows(table: Tensor, slots: Tensor, x: Tensor) -> Tensor:
-    """The rows `table[slots]`, shaped to broadcast against x [..., width]: one a row or one a token of x."""
-    rows = table[slots.long()]
-    return rows if slots.dim() == x.dim() - 1 else rows.view(rows.shape[0], *[1] * (x.dim() - 2), rows.shape[-1])
+def check_choices(choices: Tensor) -> None:
+    """Raises ValueError unless every choice is 0 or 1."""
+    if bool(((choices != 0) & (choices != 1)).any()):
+        raise ValueError(f"choices: expected 0 or 1, got {int(choices[(choices != 0) & (choices != 1)][0])}")
 
 
-def needs_grad(*tensors: Tensor | None) -> bool:
-    """Whether autograd has to record a call with these tensors."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+def check_offsets(offsets: Sequence[int], count: int) -> None:
+    """Raises ValueError unless the offsets begin at 0, never fall, and end at count."""
+    if offsets[0] != 0 or offsets[-1] != count or any(a > b for a, b in zip(offsets[:-1], offsets[1:], strict=True)):
+        raise ValueError(f"offsets: expected to rise from 0 to the {count} pairs, got {list(offsets)[:8]}...")
+
+
+def check_count(name: str, value: int) -> None:
+    """Raises TypeError or ValueError unless `value` is a positive integer."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an integer, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name}: expected an integer >= 1, got {value}")

@@ -48,8 +48,8 @@ def import_reference(
 ) -> None:
     """Turn a checkpoint of the reference implementation of arXiv 2412.13998 into one of ours."""
     from fssa_fast.nn import RewardModel
-    from fssa_fast.steering import SteerablePolicy
-    from fssa_fast.steering.reference_checkpoint import read_reference
+    from fssa_fast.policy import SteerablePolicy
+    from fssa_fast.policy.reference_checkpoint import read_reference
 
     found = read_reference(directory)
     if isinstance(found, RewardModel):

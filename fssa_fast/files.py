@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fssa_fast.ops._common import DTYPES
+from fssa_fast.arguments import DTYPES
 
 MAX_CONFIG_BYTES = 1 << 20
 MAX_WIDTH = 1 << 20

@@ -15,12 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fssa_fast.arguments import ContextWeights
 from fssa_fast.kernels import configs
 from fssa_fast.kernels.common import accumulate, as_rows, constants, store
 from fssa_fast.kernels.context_few import FEW, FEWER, pool_few
 from fssa_fast.kernels.context_linears import Choices, Scratch, encode_pooled
 from fssa_fast.kernels.context_many import take_turn
-from fssa_fast.ops.context import ContextWeights
 
 
 @triton.jit(do_not_specialize=["users", "tiles"])

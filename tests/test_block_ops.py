@@ -17,8 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fssa_fast import BASE, PRIOR, BackendError, EncoderConfig, LoraConfig, SteerablePolicy, SteeringConfig, use_backend
 from fssa_fast.backends import load_backend
-from fssa_fast.generation.block_ops import AttentionSettings, Expansion, PlainOps
+from fssa_fast.generation.block_ops import AttentionSettings, Expansion
 from fssa_fast.generation.cache import BLOCK, BlockCache
+from fssa_fast.generation.plain_ops import PlainOps
 
 found, reason = load_backend("triton")
 if found is None:

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import fssa_fast
 from fssa_fast import PRIOR, SteerablePolicy, cli
 from fssa_fast.nn import RewardModel
-from fssa_fast.steering.reference_checkpoint import read_reference
+from fssa_fast.policy.reference_checkpoint import read_reference
 
 GOLDEN = Path(__file__).parent / "golden"
 

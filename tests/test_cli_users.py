@@ -13,7 +13,7 @@ from transformers import BertConfig, BertModel
 from typer.testing import CliRunner, Result
 
 from fssa_fast import SteerablePolicy, TextEmbedder, cli
-from fssa_fast.steering import SqliteStore
+from fssa_fast.users import SqliteStore
 
 
 @pytest.fixture(scope="module")

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from fssa_fast import BASE, BackendError, use_backend
 from fssa_fast.backends import load_backend
-from fssa_fast.generation import block_ops
-from fssa_fast.generation.block_ops import AttentionSettings, PlainOps
+from fssa_fast.generation import which_ops
+from fssa_fast.generation.block_ops import AttentionSettings
 from fssa_fast.generation.cache import BlockCache
+from fssa_fast.generation.plain_ops import PlainOps
 from fssa_fast.report import environment
 
 found, reason = load_backend("triton")
@@ -257,12 +258,12 @@ def test_asked_for_by_name_it_runs_or_raises(monkeypatch):
 def test_left_to_itself_it_falls_back_and_says_so(monkeypatch, caplog):
     straw_package(monkeypatch, with_kvcache=lambda q: q)
     with use_backend("triton"), caplog.at_level(logging.WARNING, "fssa_fast"):
-        ops = block_ops.ops_for(DEVICE, torch.bfloat16, 16)
+        ops = which_ops.ops_for(DEVICE, torch.bfloat16, 16)
     assert not isinstance(ops, FlashOps) and "attention runs by our own kernels: flash-attn was tried" in caplog.text
     straw_package(monkeypatch)
     with use_backend("triton"):
-        assert isinstance(block_ops.ops_for(DEVICE, torch.bfloat16, 16), FlashOps)
-        assert not isinstance(block_ops.ops_for(DEVICE, torch.bfloat16, 16, "own"), FlashOps)
+        assert isinstance(which_ops.ops_for(DEVICE, torch.bfloat16, 16), FlashOps)
+        assert not isinstance(which_ops.ops_for(DEVICE, torch.bfloat16, 16, "own"), FlashOps)
 
 
 def test_the_report_says_whether_it_is_there():

@@ -12,7 +12,7 @@ from tiny import VOCABULARY, make_choices, make_ids, make_model, make_policy, sh
 from fssa_fast import BASE, PRIOR, LoraConfig, SteerablePolicy, SteeringConfig, use_backend
 from fssa_fast._native import load_native
 from fssa_fast.generation import CannotFuse
-from fssa_fast.generation.block_ops import NativeOps
+from fssa_fast.generation.native_ops import NativeOps
 from fssa_fast.steering.config import EncoderConfig
 
 FAMILY = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3")

@@ -15,16 +15,16 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from fssa_fast.backends import load_backend, use_backend
 from fssa_fast.nn import BTL, DPL, NPBTL, pack_choices
-from fssa_fast.steering.attach import ActiveUsers
-from fssa_fast.steering.import_reference import build_policy
-from fssa_fast.steering.policy import SteerablePolicy
-from fssa_fast.steering.reference_checkpoint import (
+from fssa_fast.policy import SteerablePolicy
+from fssa_fast.policy.import_reference import build_policy
+from fssa_fast.policy.reference_checkpoint import (
     ReferencePolicy,
     encoder_from_state,
     policy_from_state,
     read_reference,
     reward_from_state,
 )
+from fssa_fast.steering.attach import ActiveUsers
 from fssa_fast.training.objectives import choice_loss, np_btl, np_dpo, response_log_probs
 
 GOLDEN = Path(os.environ.get("FSSA_GOLDEN") or Path(__file__).parent / "golden")
@@ -234,7 +234,7 @@ def check_policy(policy, tensors, beta):
 def test_policy(path, backend):
     tensors, state, metadata = read(path)
     source = policy_from_state(metadata["config"], state, str(path))
-    check_policy(build_policy(source, base_model(tensors, metadata)), tensors, metadata["beta_dpo"])
+    check_policy(build_policy(SteerablePolicy, source, base_model(tensors, metadata)), tensors, metadata["beta_dpo"])
 
 
 @golden("checkpoint_policy_*")

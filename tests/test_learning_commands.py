@@ -19,9 +19,9 @@ from fssa_fast.data.choices import held_out_examples
 from fssa_fast.data.files import Choice, choice_data, read_choices, write_choices
 from fssa_fast.evaluation.linear import HierarchicalLogit
 from fssa_fast.evaluation.questions import ask, expected_information
-from fssa_fast.evaluation.rewards import Scores, interval, score, truncate
 from fssa_fast.nn import NPBTL, RewardModel
 from fssa_fast.training.runs import read_run
+from fssa_fast.training.scores import Scores, interval, score, truncate
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.testing import assert_close
 
+from fssa_fast.arguments import INNER, POOLING
 from fssa_fast.nn import BTL, DPL, NPBTL, CheckpointError, ContextEncoder, Modulator, RewardModel, pack_choices
 from fssa_fast.ops import context_rows_
-from fssa_fast.ops.context import INNER, POOLING
 
 E, H = 5, 16
 KINDS = [(inner, pooling, sampled) for inner in INNER for pooling in POOLING for sampled in (False, True)]
@@ -465,7 +465,7 @@ def test_load_refuses_other_weights(saved):
 
 def test_a_failed_save_leaves_what_was_there(saved, monkeypatch):
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
-    monkeypatch.setattr("fssa_fast.nn.files.save_file", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr("fssa_fast.files.save_file", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         BTL(E, H).save_pretrained(saved)
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before

@@ -13,7 +13,7 @@ from tiny import LATENT, WIDTH, make_choices, make_ids, make_model, make_policy
 
 from fssa_fast import BASE, PRIOR, EncoderConfig, LoraConfig, SteerablePolicy, SteeringConfig
 from fssa_fast.nn import CheckpointError
-from fssa_fast.steering.peft_format import load_peft, read_peft_config, save_peft
+from fssa_fast.policy.peft_format import load_peft, read_peft_config, save_peft
 
 peft = pytest.importorskip("peft")
 

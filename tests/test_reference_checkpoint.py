@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from fssa_fast.nn import BTL, DPL, NPBTL, CheckpointError
-from fssa_fast.steering.reference_checkpoint import ReferencePolicy, policy_from_state, read_reference
+from fssa_fast.policy.reference_checkpoint import ReferencePolicy, policy_from_state, read_reference
 
 H, E, D, RANK, BLOCKS = 16, 6, 12, 4, 3
 POLICY = {

@@ -127,7 +127,7 @@ def test_another_base_is_refused_and_left_alone(make: Any, message: str, saved: 
 
 
 def test_weights_of_wide_models_are_told_apart() -> None:
-    from fssa_fast.steering.embedder import same_fingerprint, weight_fingerprint
+    from fssa_fast.users.embedder import same_fingerprint, weight_fingerprint
 
     def wide(seed: int) -> Any:
         return make_model(seed=seed, hidden_size=4096, head_dim=8, num_hidden_layers=1, intermediate_size=8)

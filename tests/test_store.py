@@ -15,9 +15,9 @@ from tiny import EOS, LATENT, WIDTH, make_choices, make_ids, make_model, make_po
 
 from fssa_fast import BASE, PRIOR, BankFull, Choice, SteerablePolicy, UnknownUser
 from fssa_fast.nn import ContextEncoder
-from fssa_fast.steering import SqliteStore, StoreConflict, StoredUsers, StoreError
-from fssa_fast.steering.growing import GrowingContext
-from fssa_fast.steering.store import Change, Option, StoredUser
+from fssa_fast.users import SqliteStore, StoreConflict, StoredUsers, StoreError
+from fssa_fast.users.growing import GrowingContext
+from fssa_fast.users.store import Change, Option, StoredUser
 
 
 def option(seed: int, text: str | None = None) -> Option:

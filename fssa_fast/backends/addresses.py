@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fssa_fast.ops.context import INNER, POOLING
+from fssa_fast.arguments import INNER, POOLING
 
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 

@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fssa_fast.arguments import check_choices, check_offsets, check_slot_range
 from fssa_fast.backends import BackendError, gpus
-from fssa_fast.ops._common import check_slot_range
-from fssa_fast.ops.context import check_choices, check_offsets
 
 try:
     import triton

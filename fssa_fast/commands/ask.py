@@ -23,7 +23,7 @@ def ask(
     from fssa_fast.data.lines import DataError
     from fssa_fast.evaluation.questions import expected_information
     from fssa_fast.nn import NPBTL
-    from fssa_fast.steering import TextEmbedder
+    from fssa_fast.users import TextEmbedder
 
     model = NPBTL.from_pretrained(run)
     encoder = None if embedder is None else TextEmbedder.from_pretrained(embedder, pooling=pooling)

@@ -11,7 +11,7 @@ from fssa_fast.commands.options import Base, Embedder, Policy, Store, load_polic
 
 if TYPE_CHECKING:
     from fssa_fast.generation import Engine
-    from fssa_fast.steering import SteerablePolicy
+    from fssa_fast.policy import SteerablePolicy
 
 HELP = """Type a message, or
   /two MESSAGE  two answers to pick from; the pick becomes a choice
@@ -114,7 +114,7 @@ class _Conversation:
         self.messages = [*asked, {"role": "assistant", "content": answers[better]}]
 
     def _thumbs_up(self) -> None:
-        from fssa_fast.steering import BASE
+        from fssa_fast.users import BASE
 
         if not self.messages:
             typer.echo("expected an answer first: nothing has been said yet")
@@ -128,7 +128,7 @@ class _Conversation:
             self._choose(asked[-1]["content"], answer["content"], other)
 
     def _choose(self, message: str, chosen: str, rejected: str) -> None:
-        from fssa_fast.steering import Choice
+        from fssa_fast.users import Choice
 
         user = self.policy.users.add_choices(self.user, [Choice(chosen, rejected, message)])
         typer.echo(f"({self.user} is at version {user.version})")

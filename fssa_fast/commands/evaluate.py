@@ -48,7 +48,7 @@ def _setup(run: dict[str, Any], data: Path | None) -> Setup:
         return Setup(data, read, None)
     from fssa_fast.data.choices import split_users
     from fssa_fast.data.files import read_choices
-    from fssa_fast.training.runs import file_hash
+    from fssa_fast.records import file_hash
 
     if file_hash(read.path) != run["data"]["sha256"]:
         raise ValueError(f"{read.path}: expected the file the run was trained on, got another; name one with --data")
@@ -61,8 +61,8 @@ def _setup(run: dict[str, Any], data: Path | None) -> Setup:
 def _reward_scores(run: Path, setup: Setup, counts: list[int]) -> dict[int, Any]:
     from fssa_fast.data.choices import held_out_examples
     from fssa_fast.data.files import choice_data, read_choices
-    from fssa_fast.evaluation.rewards import model_predictor, score, truncate
     from fssa_fast.nn import RewardModel
+    from fssa_fast.training.scores import model_predictor, score, truncate
 
     choices = read_choices(setup.path)
     if setup.users is not None:
@@ -77,7 +77,7 @@ def _reward_scores(run: Path, setup: Setup, counts: list[int]) -> dict[int, Any]
 def _policy_shares(run: Path, setup: Setup, counts: list[int]) -> dict[int, Any]:
     from fssa_fast.data.files import read_choices
     from fssa_fast.evaluation.policies import held_out, implicit_margins
-    from fssa_fast.steering import SteerablePolicy
+    from fssa_fast.policy import SteerablePolicy
     from fssa_fast.training.fit_policy import preferences
     from fssa_fast.training.policy import ReferenceCache
 
@@ -102,9 +102,10 @@ def evaluate(
     json: JsonFile = None,
 ) -> None:
     """Measure a reward model, or a policy by its implicit rewards, on users it was not trained on."""
-    from fssa_fast.evaluation.rewards import interval
     from fssa_fast.evaluation.tables import Cell, Table
-    from fssa_fast.training.runs import environment, read_run, write_json
+    from fssa_fast.records import environment, write_json
+    from fssa_fast.training.runs import read_run
+    from fssa_fast.training.scores import interval
 
     record, wanted = read_run(run), _counts(counts)
     setup = _setup(record, data)
@@ -139,9 +140,10 @@ def compare(
     json: JsonFile = None,
 ) -> None:
     """Compare two runs on the same held-out users: A minus B, with paired intervals."""
-    from fssa_fast.evaluation.rewards import interval
     from fssa_fast.evaluation.tables import Cell, Table
-    from fssa_fast.training.runs import environment, read_run, write_json
+    from fssa_fast.records import environment, write_json
+    from fssa_fast.training.runs import read_run
+    from fssa_fast.training.scores import interval
 
     record, wanted = read_run(a), _counts(counts)
     setup = _setup(record, data)

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fssa_fast.steering.choices import Choice
-    from fssa_fast.steering.store import Option
+    from fssa_fast.users.choices import Choice
+    from fssa_fast.users.store import Option
 
 
 def read_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -34,7 +34,7 @@ def choice_of(where: str, found: Any) -> Choice:
     """A choice from {"chosen", "rejected"} and perhaps "prompt": texts, or embeddings as lists of numbers."""
     import torch
 
-    from fssa_fast.steering.choices import Choice
+    from fssa_fast.users.choices import Choice
 
     if not isinstance(found, dict):
         raise ValueError(f"{where}: expected a choice as an object, got {found!r:.80}")

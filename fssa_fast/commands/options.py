@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from fssa_fast.steering import SteerablePolicy
+    from fssa_fast.policy import SteerablePolicy
 
 Policy = Annotated[Path, typer.Argument(help="A saved policy: the folder with steering.json.")]
 Base = Annotated[str | None, typer.Option(help="The base model's path, if not the one that the policy names.")]
@@ -21,7 +21,7 @@ def load_policy(
     directory: Path, base: str | None, embedder: str | None, store: Path | None, room: int = 64
 ) -> SteerablePolicy:
     """The policy on its base model, with its users in that store; room for so many of them at once."""
-    from fssa_fast.steering import SteerablePolicy
+    from fssa_fast.policy import SteerablePolicy
 
     policy = SteerablePolicy.from_pretrained(directory, base, embedder=embedder, capacity=room)
     if store is not None:

@@ -20,7 +20,7 @@ def reproduce(
     base: Annotated[Path | None, typer.Option(help="The base model's directory, for policies.")] = None,
 ) -> None:
     """Reproduce a result: train, evaluate, and print its table."""
-    from fssa_fast.training.runs import environment, write_json
+    from fssa_fast.records import environment, write_json
 
     if (data is None) == (name in ("polis", "stated-choice", "hh", "policy")):
         need = "expected the data set's directory" if data is None else "expected none"

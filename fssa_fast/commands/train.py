@@ -20,9 +20,9 @@ def reward(config: ConfigFile, settings: Set = None, resume: Resume = False) -> 
     """Train a reward model (np-btl, btl, dpl) on choices."""
     from fssa_fast.data.choices import split_users
     from fssa_fast.data.files import choice_data, read_choices
+    from fssa_fast.records import file_hash
     from fssa_fast.training.config import RewardRun, read_run_config
     from fssa_fast.training.fit import fit_reward
-    from fssa_fast.training.runs import file_hash
 
     run = read_run_config(RewardRun, config, settings or ())
     embedder = run.data.load_embedder()

@@ -12,8 +12,8 @@ from fssa_fast.commands.jsonl import check_keys, choice_of, object_of, read_obje
 from fssa_fast.commands.options import Base, Embedder, Policy, Store, load_policy
 
 if TYPE_CHECKING:
-    from fssa_fast.steering import SqliteStore, StoredUsers
-    from fssa_fast.steering.choices import Choice
+    from fssa_fast.users import SqliteStore, StoredUsers
+    from fssa_fast.users.choices import Choice
 
 app = typer.Typer(help="The users of a database: their choices, and what was made of them.", no_args_is_help=True)
 
@@ -112,7 +112,7 @@ def _named(lines: list[tuple[str, dict[str, Any]]]) -> tuple[dict[str, list[Choi
 
 
 def _users(policy: Path, base: str | None, embedder: str | None, store: Path) -> StoredUsers:
-    from fssa_fast.steering import StoredUsers
+    from fssa_fast.users import StoredUsers
 
     users = load_policy(policy, base, embedder, store).users
     assert isinstance(users, StoredUsers)
@@ -120,7 +120,7 @@ def _users(policy: Path, base: str | None, embedder: str | None, store: Path) ->
 
 
 def _open(store: Path) -> SqliteStore:
-    from fssa_fast.steering import SqliteStore
+    from fssa_fast.users import SqliteStore
 
     if not store.is_file():
         raise FileNotFoundError(f"store: expected a database, got {store}, which is not there")

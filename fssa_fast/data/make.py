@@ -15,7 +15,7 @@ import numpy as np
 
 from fssa_fast.data.files import Choice, Option, read_choices, write_choices
 from fssa_fast.data.lines import DataError, json_lines, text_lines
-from fssa_fast.training.runs import environment, file_hash, write_json
+from fssa_fast.records import environment, file_hash, write_json
 
 Kind = Literal["ratings", "votes", "rankings", "pairs"]
 MISSING = ("", "na", "nan", "none", "null")

@@ -11,12 +11,12 @@ import torch
 
 from fssa_fast.data.files import read_choices
 from fssa_fast.evaluation.policies import BASE, MEASURES, HeldOut, Written, held_out, write
-from fssa_fast.evaluation.rewards import Floats, interval
 from fssa_fast.evaluation.tables import Cell, Table
 from fssa_fast.nn import NPBTL, RewardModel
-from fssa_fast.steering import Choice, SteerablePolicy
-from fssa_fast.steering.embedder import TextEmbedder
+from fssa_fast.policy import SteerablePolicy
 from fssa_fast.training.fit_policy import preferences
+from fssa_fast.training.scores import Floats, interval
+from fssa_fast.users import Choice, TextEmbedder
 
 
 def compare_policies(

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fssa_fast.data.choices import ChoiceData, Example, Indices
-from fssa_fast.evaluation.rewards import Floats
+from fssa_fast.training.scores import Floats
 
 
 class HierarchicalLogit:

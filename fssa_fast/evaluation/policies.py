@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from fssa_fast.evaluation.rewards import Floats
 from fssa_fast.generation.generate import tokenize
-from fssa_fast.steering.policy import SteerablePolicy
-from fssa_fast.steering.users import BASE
+from fssa_fast.policy.policy import SteerablePolicy
 from fssa_fast.training.data import Preference, collate, encode_answer
 from fssa_fast.training.policy import ReferenceCache, policy_log_probs
+from fssa_fast.training.scores import Floats
+from fssa_fast.users.users import BASE
 
 
 @dataclass(frozen=True)

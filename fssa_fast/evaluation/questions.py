@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fssa_fast.data.choices import ChoiceData, Example, Indices
-from fssa_fast.evaluation.rewards import Floats, Scores, model_predictor, score
 from fssa_fast.nn import NPBTL
+from fssa_fast.training.scores import Floats, Scores, model_predictor, score
 
 
 @torch.no_grad()

@@ -22,19 +22,18 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from fssa_fast.arguments import check_count
 from fssa_fast.generation.blocks import BlockPool, prefix_keys
+from fssa_fast.generation.fused import FusedModel
 from fssa_fast.generation.prompts import Message, prompt_ids
 from fssa_fast.generation.requests import Handle, Reason, Request, Result, first_stop
 from fssa_fast.generation.sampling import Sampler, Sampling
-from fssa_fast.nn.context import check_count
-from fssa_fast.steering.bank import BankFull
-
-if TYPE_CHECKING:
-    from fssa_fast.steering.policy import SteerablePolicy
+from fssa_fast.generation.steered import Steered
+from fssa_fast.users.bank import BankFull
 
 logger = logging.getLogger("fssa_fast")
 
@@ -54,7 +53,7 @@ class Engine:
     """Serves requests of many users in one batch. Made by `SteerablePolicy.engine`.
 
     Args:
-        policy: fused, or it is fused now.
+        policy: whose users are served. fused: its fused form.
         max_rows: how many requests run at once.
         max_tokens: tokens in the cache, of all requests together, rounded up to its blocks: of 32, or 256 with
             flash-attn.
@@ -65,12 +64,13 @@ class Engine:
             them in the thread that calls `step`, `run`, or waits for a result.
 
     Submitting, cancelling and waiting are safe from any thread. `close`, or leaving a `with` block, ends the thread.
-    Raises: CannotFuse; TypeError, ValueError for a number that is none or out of range.
+    Raises: TypeError, ValueError for a number that is none or out of range.
     """
 
     def __init__(
         self,
-        policy: SteerablePolicy,
+        policy: Steered,
+        fused: FusedModel,
         *,
         max_rows: int = 32,
         max_tokens: int = 16384,
@@ -84,7 +84,6 @@ class Engine:
             check_count(name, value)
         if step_tokens < max_rows:
             raise ValueError(f"step_tokens: expected at least max_rows, {max_rows}, got {step_tokens}")
-        fused = policy.fused or policy.fuse()
         self._block = fused.ops.cache_block
         blocks = -(-max_tokens // self._block)
         room = min(fused.max_positions, blocks * self._block)
@@ -472,7 +471,7 @@ class Engine:
         return slot, hashlib.blake2b(known_by, digest_size=16).digest()
 
 
-def _end_tokens(policy: SteerablePolicy) -> set[int]:
+def _end_tokens(policy: Steered) -> set[int]:
     config = getattr(policy.model, "generation_config", None)
     ends = getattr(config, "eos_token_id", None)
     if ends is None:

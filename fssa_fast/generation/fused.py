@@ -12,18 +12,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fssa_fast.generation.block_ops import ACTIVATIONS, AttentionSettings, Expansion, Packed, Step, ops_for
+from fssa_fast.generation.block_ops import ACTIVATIONS, AttentionSettings, Expansion, Packed, Step
 from fssa_fast.generation.cache import BlockCache
 from fssa_fast.generation.graphs import SIZES, CudaGraphs, padded
+from fssa_fast.generation.steered import Steered
+from fssa_fast.generation.which_ops import ops_for
+from fssa_fast.steering.attach import is_own_hook
 from fssa_fast.steering.sites import LoraSite
-
-if TYPE_CHECKING:
-    from fssa_fast.steering.policy import SteerablePolicy
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
@@ -75,7 +75,7 @@ class FusedModel:
     Raises: CannotFuse for an architecture, a projection, a rope or a hook that it does not know.
     """
 
-    def __init__(self, policy: SteerablePolicy, max_positions: int | None = None, attention: str = "auto") -> None:
+    def __init__(self, policy: Steered, max_positions: int | None = None, attention: str = "auto") -> None:
         model = policy.model
         _check(policy)
         self.policy, self.model = policy, model
@@ -406,7 +406,7 @@ def _activation(config: Any) -> str:
     return getattr(config, "hidden_activation", None) or config.hidden_act
 
 
-def _check(policy: SteerablePolicy) -> None:
+def _check(policy: Steered) -> None:
     model = policy.model
     config = model.config.get_text_config()
     kind = config.model_type
@@ -416,13 +416,12 @@ def _check(policy: SteerablePolicy) -> None:
         raise CannotFuse(f"model: expected an activation of {', '.join(ACTIVATIONS)}, got {_activation(config)!r}")
     if getattr(config, "use_bidirectional_attention", False):
         raise CannotFuse("model: expected causal attention, got attention in both directions")
-    own = {handle.id for handle in policy.attachment.handles}
     for name, module in model.named_modules():
         hooks = {**module._forward_hooks, **module._forward_pre_hooks}
-        for number, hook in hooks.items():
+        for hook in hooks.values():
             # transformers leaves hooks that only look, once hidden states have been asked for.
             looks = getattr(hook, "__module__", None) == "transformers.utils.output_capturing"
-            if number not in own and not looks:
+            if not is_own_hook(hook) and not looks:
                 raise CannotFuse(f"model: expected no hooks but the policy's, got {hook!r} on {name!r}")
         if "forward" in module.__dict__:
             raise CannotFuse(f"model: expected modules as they are, got {name!r} with a forward put over its own")

@@ -5,22 +5,20 @@ from __future__ import annotations
 import contextvars
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from fssa_fast.generation.prompts import Prompt, prompt_ids
-
-if TYPE_CHECKING:
-    from fssa_fast.steering.policy import SteerablePolicy
+from fssa_fast.generation.steered import Steered
 
 Prompts = Sequence[Prompt] | Tensor
 
 
 def generate(
-    policy: SteerablePolicy,
+    policy: Steered,
     prompts: Prompts,
     users: Sequence[str],
     *,
@@ -74,7 +72,7 @@ def generate(
     return texts if returned == 1 else [texts[i : i + returned] for i in range(0, len(texts), returned)]
 
 
-def stream(policy: SteerablePolicy, prompt: Prompt, user: str, **options: Any) -> Iterator[str]:
+def stream(policy: Steered, prompt: Prompt, user: str, **options: Any) -> Iterator[str]:
     """Answers one prompt piece by piece, as the pieces come; leaving the loop early ends the generation.
 
     Args: as for `generate`, for one prompt and one user. Raises: what `generate` raises, at the first piece.
@@ -112,7 +110,7 @@ class _Stopped(StoppingCriteria):
         return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
 
 
-def tokenize(policy: SteerablePolicy, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
+def tokenize(policy: Steered, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
     """Token ids [B, T] and attention mask of texts and chats, padded on the left, on the policy's device."""
     tokenizer = policy.tokenizer
     if tokenizer is None:
@@ -129,7 +127,7 @@ def _pad_token(tokenizer: Any) -> int:
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
 
 
-def _repeats(policy: SteerablePolicy, options: Mapping[str, Any]) -> tuple[int, int]:
+def _repeats(policy: Steered, options: Mapping[str, Any]) -> tuple[int, int]:
     """How many sequences a prompt come back, and how many batch rows `generate` makes of one."""
     config = options.get("generation_config") or policy.model.generation_config
 

@@ -7,12 +7,9 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, Protocol
 
 from fssa_fast.generation.sampling import Sampler
-
-if TYPE_CHECKING:
-    from fssa_fast.generation.engine import Engine
 
 Reason = Literal["end", "stop", "length", "cancelled", "deadline"]
 
@@ -30,10 +27,22 @@ class Result:
     reason: Reason
 
 
+class Driver(Protocol):
+    """What a handle needs of the engine: without a thread of its own, who waits takes the steps."""
+
+    background: bool
+
+    def step(self) -> bool:
+        """One step of all running requests; False if there was nothing to do."""
+
+    def drive(self, until: threading.Event, timeout: float | None) -> None:
+        """Takes steps until the event is set, the time is over, or there is nothing to do."""
+
+
 class Handle:
     """A request under way. Its methods may be called from any thread."""
 
-    def __init__(self, engine: Engine, tokenizer: Any, stop: tuple[str, ...]) -> None:
+    def __init__(self, engine: Driver, tokenizer: Any, stop: tuple[str, ...]) -> None:
         self._engine, self._tokenizer, self._stop = engine, tokenizer, stop
         self._pieces: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._finished = threading.Event()

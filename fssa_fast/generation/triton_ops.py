@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fssa_fast.arguments import check_slot_range
 from fssa_fast.backends import BackendError, load_backend
 from fssa_fast.generation.block_ops import AttentionSettings, Expansion, Packed, Step
 from fssa_fast.generation.cache import BLOCK, BlockCache
 from fssa_fast.kernels import block
-from fssa_fast.ops._common import check_slot_range
 
 
 class TritonOps:

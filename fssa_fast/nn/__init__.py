@@ -1,7 +1,7 @@
 """Modules: the context encoder, the modulator, and the reward models."""
 
+from fssa_fast.files import CheckpointError
 from fssa_fast.nn.context import ContextEncoder, pack_choices
-from fssa_fast.nn.files import CheckpointError
 from fssa_fast.nn.modulator import Modulator
 from fssa_fast.nn.reward import BTL, DPL, NPBTL, RewardModel
 

@@ -8,18 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fssa_fast.arguments import INNER, POOLING, check_count, check_tensor
 from fssa_fast.ops import ContextWeights, context, latent_of
-from fssa_fast.ops._common import check_tensor
-from fssa_fast.ops.context import INNER, POOLING, context_reference
 from fssa_fast.ops.context import _check as check_context
-
-
-def check_count(name: str, value: int) -> None:
-    """Raises TypeError or ValueError unless `value` is a positive integer."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an integer, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name}: expected an integer >= 1, got {value}")
+from fssa_fast.ops.context import context_reference
 
 
 def pack_choices(pairs: Sequence[Tensor], choices: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:

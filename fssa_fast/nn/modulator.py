@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fssa_fast.nn.context import check_count
-from fssa_fast.ops._common import check_tensor
+from fssa_fast.arguments import check_count, check_tensor
 
 
 class Modulator(nn.Linear):

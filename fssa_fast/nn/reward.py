@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fssa_fast.nn.context import ContextEncoder, check_count
-from fssa_fast.nn.files import CheckpointError, check_fields, read_config, read_tensors, write_pair
-from fssa_fast.ops._common import check_tensor
+from fssa_fast.arguments import check_count, check_tensor
+from fssa_fast.files import CheckpointError, check_fields, read_config, read_tensors, write_pair
+from fssa_fast.nn.context import ContextEncoder
 
 VERSION = 1
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"

@@ -8,35 +8,22 @@ Users are ragged: their pairs are packed one after the other, and `offsets` says
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fssa_fast.arguments import (
+    INNER,
+    POOLING,
+    ContextWeights,
+    check_choices,
+    check_offsets,
+    check_slot_range,
+    check_tensor,
+)
 from fssa_fast.backends import register_op
-from fssa_fast.ops._common import check_slot_range, check_tensor, library, needs_grad
-
-INNER = ("linear", "mlp")
-POOLING = ("self-attention", "mean", "sum")
-
-
-class ContextWeights(NamedTuple):
-    """The weights of a context encoder, as torch's Linear and MultiheadAttention hold them; None where not used."""
-
-    inner0: Tensor  # [H, 2E]
-    inner0_bias: Tensor  # [H]
-    inner1: Tensor | None  # [H, H], inner "mlp"
-    inner1_bias: Tensor | None  # [H]
-    qkv: Tensor | None  # [3H, H], pooling "self-attention"
-    qkv_bias: Tensor | None  # [3H]
-    out: Tensor | None  # [H, H]
-    out_bias: Tensor | None  # [H]
-    outer0: Tensor  # [H, H]
-    outer0_bias: Tensor  # [H]
-    outer1: Tensor  # [Z, H]: Z = H, or 2H where latents are sampled
-    outer1_bias: Tensor  # [Z]
-
+from fssa_fast.ops._common import library, needs_grad
 
 # ---------------------------------------------------------------- definition
 
@@ -188,18 +175,6 @@ class _Context(torch.autograd.Function):
 
 
 # ---------------------------------------------------------------- public
-
-
-def check_choices(choices: Tensor) -> None:
-    """Raises ValueError unless every choice is 0 or 1."""
-    if bool(((choices != 0) & (choices != 1)).any()):
-        raise ValueError(f"choices: expected 0 or 1, got {int(choices[(choices != 0) & (choices != 1)][0])}")
-
-
-def check_offsets(offsets: Sequence[int], count: int) -> None:
-    """Raises ValueError unless the offsets begin at 0, never fall, and end at count."""
-    if offsets[0] != 0 or offsets[-1] != count or any(a > b for a, b in zip(offsets[:-1], offsets[1:], strict=True)):
-        raise ValueError(f"offsets: expected to rise from 0 to the {count} pairs, got {list(offsets)[:8]}...")
 
 
 def _check(

@@ -10,8 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fssa_fast.arguments import check_slot_range, check_slots, check_tensor
 from fssa_fast.backends import register_op
-from fssa_fast.ops._common import check_slot_range, check_slots, check_tensor, gather_rows, library, needs_grad
+from fssa_fast.ops._common import gather_rows, library, needs_grad
 
 # ---------------------------------------------------------------- definition
 

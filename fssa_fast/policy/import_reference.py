@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fssa_fast.nn import CheckpointError
+from fssa_fast.policy.reference_checkpoint import ReferencePolicy, read_reference
+from fssa_fast.policy.storage import Made, load_base, load_tokenizer
 from fssa_fast.steering.config import EncoderConfig, LoraConfig, SteeringConfig
-from fssa_fast.steering.policy import SteerablePolicy
-from fssa_fast.steering.reference_checkpoint import ReferencePolicy, read_reference
-from fssa_fast.steering.storage import load_base, load_tokenizer
 
 
 def config_from_reference(source: ReferencePolicy) -> SteeringConfig:
@@ -31,9 +31,12 @@ def config_from_reference(source: ReferencePolicy) -> SteeringConfig:
     return SteeringConfig(encoder, tuple(sorted(source.film)) or False, loras)
 
 
-def build_policy(source: ReferencePolicy, model: Any, **options: Any) -> SteerablePolicy:
-    """Attaches the checkpoint's steering to `model`. Raises CheckpointError where projections or widths do not fit."""
-    policy = SteerablePolicy(model, config_from_reference(source), **options)
+def build_policy(make: Callable[..., Made], source: ReferencePolicy, model: Any, **options: Any) -> Made:
+    """Attaches the checkpoint's steering to `model`; `make` is the class of the policy.
+
+    Raises CheckpointError where projections or widths do not fit.
+    """
+    policy = make(model, config_from_reference(source), **options)
     try:
         with torch.no_grad():
             policy.encoder.load_state_dict(source.encoder.state_dict())
@@ -67,7 +70,9 @@ def _fill(what: str, place: torch.Tensor, value: torch.Tensor) -> None:
     place.copy_(value)
 
 
-def policy_from_reference(directory: str | os.PathLike[str], base: Any = None, **options: Any) -> SteerablePolicy:
+def policy_from_reference(
+    make: Callable[..., Made], directory: str | os.PathLike[str], base: Any = None, **options: Any
+) -> Made:
     """`SteerablePolicy.from_reference`; a folder `base` in the checkpoint is the base model where none is given."""
     source = read_reference(directory)
     if not isinstance(source, ReferencePolicy):
@@ -75,4 +80,4 @@ def policy_from_reference(directory: str | os.PathLike[str], base: Any = None, *
     beside = Path(directory) / "base"
     model = load_base(base, str(beside) if beside.is_dir() else str(source.config.get("llm_name", "")))
     options.setdefault("tokenizer", load_tokenizer(model))
-    return build_policy(source, model, **options)
+    return build_policy(make, source, model, **options)

@@ -5,18 +5,16 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from fssa_fast.nn.files import CheckpointError, read_text, write_pair
+from fssa_fast.files import CheckpointError, read_text, write_pair
+from fssa_fast.policy.policy import SteerablePolicy
+from fssa_fast.policy.storage import read_adapter
 from fssa_fast.steering.config import LoraConfig
 from fssa_fast.steering.sites import LoraSite
-from fssa_fast.steering.storage import read_adapter
-
-if TYPE_CHECKING:
-    from fssa_fast.steering.policy import SteerablePolicy
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 

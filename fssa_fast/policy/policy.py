@@ -11,19 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fssa_fast.arguments import check_tensor
 from fssa_fast.generation.engine import Engine
 from fssa_fast.generation.fused import FusedModel
 from fssa_fast.generation.generate import Prompts, generate, stream
 from fssa_fast.nn import ContextEncoder, Modulator
-from fssa_fast.ops._common import check_tensor
+from fssa_fast.policy.import_reference import policy_from_reference
+from fssa_fast.policy.storage import load_policy, save_policy
 from fssa_fast.steering.attach import ActiveUsers, attach, checkpoint_contexts
-from fssa_fast.steering.bank import Bank
 from fssa_fast.steering.config import SteeringConfig
-from fssa_fast.steering.embedder import TextEmbedder
 from fssa_fast.steering.sites import plan_sites
-from fssa_fast.steering.store import SqliteStore, UserStore
-from fssa_fast.steering.stored_users import StoredUsers
-from fssa_fast.steering.users import Users
+from fssa_fast.users.bank import Bank
+from fssa_fast.users.embedder import TextEmbedder
+from fssa_fast.users.sqlite_store import SqliteStore
+from fssa_fast.users.store import UserStore
+from fssa_fast.users.stored_users import StoredUsers
+from fssa_fast.users.users import Users
 
 
 class SteerablePolicy(nn.Module):
@@ -72,7 +75,7 @@ class SteerablePolicy(nn.Module):
             init=modulation_mean * layout.initial_bias(),
             std=modulation_std * layout.adapter_columns(),
         ).to(**kind)
-        self.bank = Bank(layout, capacity, model.dtype, parameter.device)
+        self.bank = Bank(layout.width, layout.modulated, capacity, model.dtype, parameter.device)
         self.users: Users = Users(self)
         self.users.refresh()
         base = list(model.parameters())
@@ -103,24 +106,18 @@ class SteerablePolicy(nn.Module):
         Raises: CheckpointError, ConfigError for a damaged, foreign or newer file; ValueError where base model or
             embedder are not those of the policy. Nothing is attached to `base` then.
         """
-        from fssa_fast.steering.storage import load_policy
-
-        return load_policy(directory, base, tokenizer=tokenizer, embedder=embedder, capacity=capacity)
+        return load_policy(cls, directory, base, tokenizer=tokenizer, embedder=embedder, capacity=capacity)
 
     @classmethod
     def from_reference(cls, directory: str | os.PathLike[str], base: Any = None, **options: Any) -> SteerablePolicy:
         """Loads a policy checkpoint of the reference implementation; `base` as for `from_pretrained`."""
-        from fssa_fast.steering.import_reference import policy_from_reference
-
-        return policy_from_reference(directory, base, **options)
+        return policy_from_reference(cls, directory, base, **options)
 
     def save_pretrained(self, directory: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> None:
         """Writes steering.json and steering.safetensors: all but the base model, the embedder's weights and the users.
 
         dtype: of the tensors written; None keeps each one's own. Each file is written in one step.
         """
-        from fssa_fast.steering.storage import save_policy
-
         save_policy(self, directory, dtype)
 
     def detach(self) -> Any:
@@ -129,7 +126,7 @@ class SteerablePolicy(nn.Module):
         return self.model
 
     def use_store(self, store: UserStore | str | os.PathLike[str], **options: Any) -> StoredUsers:
-        """Keeps the users in a store from now on, a SQLite file by its path; see `fssa_fast.steering.StoredUsers`.
+        """Keeps the users in a store from now on, a SQLite file by its path; see `fssa_fast.users.StoredUsers`.
 
         Raises ValueError where users have been added already; StoreError.
         """
@@ -295,5 +292,8 @@ class SteerablePolicy(nn.Module):
         self.fused = None
 
     def engine(self, **options: Any) -> Engine:
-        """An engine that serves requests of many users in one batch; see `fssa_fast.generation.Engine`."""
-        return Engine(self, **options)
+        """An engine that serves requests of many users in one batch; see `fssa_fast.generation.Engine`.
+
+        The policy is fused where it is not. Raises CannotFuse, and what the engine raises.
+        """
+        return Engine(self, self.fused or self.fuse(), **options)

@@ -15,8 +15,8 @@ import torch
 import yaml
 from torch import Tensor
 
+from fssa_fast.files import check_fields, check_tensors, read_text
 from fssa_fast.nn import BTL, DPL, NPBTL, CheckpointError, ContextEncoder, RewardModel
-from fssa_fast.nn.files import check_fields, check_tensors, read_text
 
 CONFIG_NAME = "config.yaml"
 STATE_NAME = "model_best.pt"

@@ -4,24 +4,42 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from fssa_fast.files import CheckpointError, read_tensors, read_text, write_pair
 from fssa_fast.nn import ContextEncoder, Modulator
-from fssa_fast.nn.files import CheckpointError, read_tensors, read_text, write_pair
+from fssa_fast.steering.attach import Attachment
 from fssa_fast.steering.config import FORMAT_VERSION, ConfigError, SteeringConfig, from_json, to_json
-from fssa_fast.steering.embedder import EmbedderConfig, TextEmbedder, same_fingerprint, weight_fingerprint
 from fssa_fast.steering.sites import Layout, blocks_of, hidden_width, plan_sites
-
-if TYPE_CHECKING:
-    from fssa_fast.steering.policy import SteerablePolicy
+from fssa_fast.users import Users
+from fssa_fast.users.embedder import EmbedderConfig, TextEmbedder, same_fingerprint, weight_fingerprint
 
 CONFIG_NAME, WEIGHTS_NAME = "steering.json", "steering.safetensors"
+
+
+class Storable(Protocol):
+    """What is saved of a policy, and filled when one is loaded."""
+
+    model: Any
+    steering: SteeringConfig
+    layout: Layout
+    encoder: ContextEncoder
+    modulator: Modulator
+    embedder: TextEmbedder | None
+    attachment: Attachment
+    users: Users
+
+    def detach(self) -> Any:
+        """Takes the steering off the base model."""
+
+
+Made = TypeVar("Made", bound=Storable)
 
 
 @dataclass(frozen=True)
@@ -76,7 +94,7 @@ def check_base(model: Any, wanted: BaseDescription) -> None:
         )
 
 
-def adapter_tensors(policy: SteerablePolicy) -> dict[str, Tensor]:
+def adapter_tensors(policy: Storable) -> dict[str, Tensor]:
     """All that is saved, by name: encoder.*, modulator.*, and adapters by their place in the base model."""
     found = {f"encoder.{name}": tensor for name, tensor in policy.encoder.state_dict().items()}
     found |= {f"modulator.{name}": tensor for name, tensor in policy.modulator.state_dict().items()}
@@ -85,7 +103,7 @@ def adapter_tensors(policy: SteerablePolicy) -> dict[str, Tensor]:
     return found
 
 
-def save_policy(policy: SteerablePolicy, directory: str | os.PathLike[str], dtype: torch.dtype | None) -> None:
+def save_policy(policy: Storable, directory: str | os.PathLike[str], dtype: torch.dtype | None) -> None:
     """`SteerablePolicy.save_pretrained`."""
     from fssa_fast import __version__
 
@@ -147,14 +165,14 @@ def read_adapter(path: Path, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
-def fill_policy(policy: SteerablePolicy, tensors: Mapping[str, Tensor]) -> None:
+def fill_policy(policy: Storable, tensors: Mapping[str, Tensor]) -> None:
     """Gives a policy its tensors, and its users the rows that follow."""
     for name, place in adapter_tensors(policy).items():
         place.copy_(tensors[name])
     policy.users.refresh()
 
 
-def load_adapter(policy: SteerablePolicy, path: Path) -> None:
+def load_adapter(policy: Storable, path: Path) -> None:
     """Fills a policy from a safetensors file that has exactly its tensors."""
     fill_policy(policy, read_adapter(path, planned_tensors(policy.steering, policy.layout)))
 
@@ -182,16 +200,15 @@ def load_tokenizer(model: Any) -> Any:
 
 
 def load_policy(
+    make: Callable[..., Made],
     directory: str | os.PathLike[str],
     base: Any,
     *,
     tokenizer: Any,
     embedder: TextEmbedder | str | None,
     capacity: int,
-) -> SteerablePolicy:
-    """`SteerablePolicy.from_pretrained`."""
-    from fssa_fast.steering.policy import SteerablePolicy
-
+) -> Made:
+    """`SteerablePolicy.from_pretrained`; `make` is the class."""
     saved = read_description(directory)
     model = load_base(base, saved.base.name_or_path)
     check_base(model, saved.base)
@@ -205,7 +222,7 @@ def load_policy(
             embedder = TextEmbedder.from_config(saved.embedder, embedder)
     elif embedder is not None:
         raise ValueError("embedder: expected None, since the policy was saved without one; got one")
-    policy = SteerablePolicy(
+    policy = make(
         model,
         saved.config,
         tokenizer=load_tokenizer(model) if tokenizer is None else tokenizer,

@@ -15,9 +15,9 @@ import torch
 from fssa_fast.data.choices import ChoiceData, Example, held_out_examples
 from fssa_fast.data.people import Parts, helpful_harmless, polis, stated_choice
 from fssa_fast.evaluation.linear import HierarchicalLogit
-from fssa_fast.evaluation.rewards import Floats, Predictor, interval, model_predictor, score, truncate
 from fssa_fast.evaluation.tables import Cell, Table
 from fssa_fast.training.fit import ExamplesConfig, RewardConfig, fit_reward
+from fssa_fast.training.scores import Floats, Predictor, interval, model_predictor, score, truncate
 
 LINEAR = "linear (hierarchical logit)"
 

@@ -15,16 +15,17 @@ from fssa_fast.data.choices import ChoiceData
 from fssa_fast.data.lines import json_lines
 from fssa_fast.data.people import helpful_harmless
 from fssa_fast.evaluation.policies import HeldOut, each_held_out, implicit_margins
-from fssa_fast.evaluation.rewards import Floats, interval
 from fssa_fast.evaluation.tables import Cell, Table
 from fssa_fast.nn import NPBTL
+from fssa_fast.policy import SteerablePolicy
 from fssa_fast.reproduce.people import TASKS
-from fssa_fast.steering import EncoderConfig, LoraConfig, SteerablePolicy, SteeringConfig
+from fssa_fast.steering import EncoderConfig, LoraConfig, SteeringConfig
 from fssa_fast.training.data import OpposedData, Preference
 from fssa_fast.training.fit import ExamplesConfig, RewardConfig, fit_reward
 from fssa_fast.training.fit_policy import some_contexts, standardize_latents
 from fssa_fast.training.policy import NPDPOArguments, NPDPOTrainer, ReferenceCache
 from fssa_fast.training.runs import last_checkpoint
+from fssa_fast.training.scores import Floats, interval
 
 COUNTS = (0, 1, 3, 5, 10)
 MAX_TOKENS = 192

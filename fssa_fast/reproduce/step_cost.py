@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fssa_fast.evaluation.tables import Cell, Table
-from fssa_fast.steering import EncoderConfig, LoraConfig, SteerablePolicy, SteeringConfig
+from fssa_fast.policy import SteerablePolicy
+from fssa_fast.steering import EncoderConfig, LoraConfig, SteeringConfig
 from fssa_fast.training.policy import NPDPOArguments, ReferenceCache, np_dpo_loss
 
 EMBEDDING, LATENT, RANK, ALPHA = 384, 256, 16, 32.0

@@ -12,10 +12,10 @@ from typing import Any
 from fssa_fast.data.choices import ChoiceData, held_out_examples
 from fssa_fast.data.synthetic import bayes_optimum, disagreement, synthetic
 from fssa_fast.evaluation.questions import advantage, question_curve
-from fssa_fast.evaluation.rewards import interval, model_predictor, score, truncate
 from fssa_fast.evaluation.tables import Cell, Table
 from fssa_fast.nn import NPBTL, RewardModel
 from fssa_fast.training.fit import ExamplesConfig, RewardConfig, fit_reward
+from fssa_fast.training.scores import interval, model_predictor, score, truncate
 
 COUNTS = (0, 1, 3, 5, 10)
 WITHIN = 0.005

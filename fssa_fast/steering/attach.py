@@ -90,7 +90,7 @@ def _film_hook(block: nn.Module, args: Any, output: Any) -> Any:
     hidden = output[0] if isinstance(output, tuple) else output
     _rows_fit(hidden, users)
     rows = users.rows.to(hidden.dtype)
-    new = film(hidden, rows[:, child.site.scale], rows[:, child.site.shift], users.slots)
+    new = film(hidden, scale=rows[:, child.site.scale], shift=rows[:, child.site.shift], slots=users.slots)
     return (new, *output[1:]) if isinstance(output, tuple) else new
 
 
@@ -105,8 +105,15 @@ def _lora_hook(projection: nn.Module, args: Any, output: Tensor) -> Tensor | Non
         gamma = rows[:, site.gamma].expand(-1, site.rank)
         beta = None if site.beta is None else rows[:, site.beta]
         a, b = a.to(output.dtype), b.to(output.dtype)
-        (output,) = lora(x, [output], a, [b], gamma, beta, users.slots, site.scaling)
+        (output,) = lora(
+            x, [output], a=a, bs=[b], gamma=gamma, beta=beta, slots=users.slots, scaling=site.scaling
+        )
     return output
+
+
+def is_own_hook(hook: Any) -> bool:
+    """Whether a module's forward hook is one of those that `attach` puts there."""
+    return hook in (_film_hook, _lora_hook)
 
 
 @dataclass

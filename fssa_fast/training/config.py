@@ -11,12 +11,12 @@ from typing import Any, Literal, TypeVar, get_type_hints
 import yaml
 from transformers import TrainingArguments
 
-from fssa_fast.nn.files import read_text
+from fssa_fast.files import read_text
 from fssa_fast.steering.config import ConfigError, LoraConfig, from_json
-from fssa_fast.steering.embedder import TextEmbedder
 from fssa_fast.training.fit import ExamplesConfig, RewardConfig
 from fssa_fast.training.policy import NPDPOArguments
 from fssa_fast.training.reward import RewardArguments
+from fssa_fast.users.embedder import TextEmbedder
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from transformers import PrinterCallback
 
 from fssa_fast.data.choices import ChoiceData, ChoiceExamples, held_out_examples
 from fssa_fast.nn import BTL, DPL, NPBTL, RewardModel
+from fssa_fast.records import environment
 from fssa_fast.training.reward import RewardArguments, RewardTrainer, scale_first_layers
-from fssa_fast.training.runs import environment, last_checkpoint, write_run
+from fssa_fast.training.runs import last_checkpoint, write_run
 
 
 @dataclass(frozen=True)

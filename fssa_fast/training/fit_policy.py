@@ -17,11 +17,12 @@ from fssa_fast.data.choices import split_users
 from fssa_fast.data.files import Choice, Embed, read_choices
 from fssa_fast.data.lines import DataError
 from fssa_fast.nn import NPBTL, ContextEncoder, RewardModel, pack_choices
+from fssa_fast.policy.policy import SteerablePolicy
+from fssa_fast.records import environment, file_hash
 from fssa_fast.steering.config import ConfigError, EncoderConfig, SteeringConfig
-from fssa_fast.steering.policy import SteerablePolicy
 from fssa_fast.training.data import OpposedData, Preference, PreferenceData
 from fssa_fast.training.policy import NPDPOArguments, NPDPOTrainer, ReferenceCache
-from fssa_fast.training.runs import environment, file_hash, last_checkpoint, write_run
+from fssa_fast.training.runs import last_checkpoint, write_run
 
 if TYPE_CHECKING:
     from fssa_fast.training.config import DataConfig, PolicyRun

@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from fssa_fast.arguments import check_choices, check_tensor
 from fssa_fast.nn.reward import btl_log_probs, dpl_log_probs
-from fssa_fast.ops._common import check_tensor
-from fssa_fast.ops.context import check_choices
 
 KL = ("context-target", "target-context")
 

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
-from fssa_fast.steering.embedder import weight_fingerprint
-from fssa_fast.steering.policy import SteerablePolicy
-from fssa_fast.steering.storage import WEIGHTS_NAME, load_adapter
+from fssa_fast.policy.policy import SteerablePolicy
+from fssa_fast.policy.storage import WEIGHTS_NAME, load_adapter
 from fssa_fast.training.data import collate
 from fssa_fast.training.finite import NamesNaN
 from fssa_fast.training.objectives import NPDPOLoss, np_dpo, response_log_probs
 from fssa_fast.training.shared import can_share, share_prompts
+from fssa_fast.users.embedder import weight_fingerprint
 
 
 @dataclass

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from fssa_fast.data.choices import ChoiceData, ChoiceExamples, Example, pack_examples
-from fssa_fast.evaluation.rewards import model_predictor, score
+from fssa_fast.files import read_tensors
 from fssa_fast.nn import BTL, DPL, NPBTL, RewardModel
-from fssa_fast.nn.files import read_tensors
 from fssa_fast.nn.reward import WEIGHTS_NAME
 from fssa_fast.training.finite import NamesNaN
 from fssa_fast.training.objectives import Distribution, btl, dpl, np_btl
+from fssa_fast.training.scores import model_predictor, score
 
 BOUNDS = ("reference", "neural-process", "variational")
 

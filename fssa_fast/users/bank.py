@@ -9,8 +9,6 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from fssa_fast.steering.sites import Layout
-
 BASE_SLOT, PRIOR_SLOT, RESERVED = 0, 1, 2
 
 
@@ -21,17 +19,21 @@ class BankFull(RuntimeError):
 class Bank:
     """Rows [S, M] of S = capacity + 2 slots: the base model's (zeros), the empty context's, and the users'.
 
+    The first `modulated` of a row's `width` columns are affine in the latent; the others are plain adapters' strengths.
+
     A slot that a running generation reads is pinned: it may be let go, but its row stays until the last pin is gone.
     """
 
-    def __init__(self, layout: Layout, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, width: int, modulated: int, capacity: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
         if capacity < 1:
             raise ValueError(f"capacity: expected at least 1, got {capacity}")
-        self.layout, self.capacity = layout, capacity
+        self.modulated, self.capacity = modulated, capacity
         try:
-            self.rows = torch.zeros(capacity + RESERVED, layout.width, dtype=dtype, device=device)
+            self.rows = torch.zeros(capacity + RESERVED, width, dtype=dtype, device=device)
         except RuntimeError as error:
-            gib = (capacity + RESERVED) * layout.width * dtype.itemsize / 2**30
+            gib = (capacity + RESERVED) * width * dtype.itemsize / 2**30
             raise MemoryError(
                 f"capacity: expected a bank that fits into the memory of {device}, got {capacity} rows of {gib:.1f} "
                 "GiB in all; a smaller one serves as many users from a store"
@@ -45,12 +47,12 @@ class Bank:
     @property
     def modulations(self) -> Tensor:
         """The columns that are affine in the latent: a view [S, modulated]."""
-        return self.rows[:, : self.layout.modulated]
+        return self.rows[:, : self.modulated]
 
     @property
     def strengths(self) -> Tensor:
         """The columns that hold the plain adapters' strengths: a view [S, P]."""
-        return self.rows[:, self.layout.modulated :]
+        return self.rows[:, self.modulated :]
 
     @contextmanager
     def take(self, count: int = 1) -> Iterator[list[int]]:

@@ -9,7 +9,7 @@ from typing import TypeGuard
 import torch
 from torch import Tensor
 
-from fssa_fast.steering.embedder import TextEmbedder
+from fssa_fast.users.embedder import TextEmbedder
 
 
 @dataclass(frozen=True)

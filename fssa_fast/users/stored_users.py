@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fssa_fast.nn import ContextEncoder
-from fssa_fast.steering.choices import Choice
-from fssa_fast.steering.growing import GrowingContext
-from fssa_fast.steering.store import Change, Choices, Option, Stamp, StoredUser, StoreError, UserStore
-from fssa_fast.steering.users import BASE, PRIOR, Steerer, UnknownUser, User, Users, _finite, packed
+from fssa_fast.users.choices import Choice
+from fssa_fast.users.growing import GrowingContext
+from fssa_fast.users.store import Change, Choices, Option, Stamp, StoredUser, StoreError, UserStore
+from fssa_fast.users.users import BASE, PRIOR, Steerer, UnknownUser, User, Users, _finite, packed
 
 
 class StoredUsers(Users):

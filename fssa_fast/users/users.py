@@ -15,9 +15,9 @@ from torch import Tensor
 
 from fssa_fast.nn import ContextEncoder, Modulator
 from fssa_fast.ops import context_rows_
-from fssa_fast.steering.bank import BASE_SLOT, PRIOR_SLOT, Bank
-from fssa_fast.steering.choices import Choice, embed_choices
-from fssa_fast.steering.embedder import TextEmbedder
+from fssa_fast.users.bank import BASE_SLOT, PRIOR_SLOT, Bank
+from fssa_fast.users.choices import Choice, embed_choices
+from fssa_fast.users.embedder import TextEmbedder
 
 BASE = "__base__"
 """The base model itself: no adapter, no modulation."""
@@ -226,8 +226,8 @@ class Users:
             where,
             *packed(pairs, weight),
             encoder.weights(),
-            weight,
-            modulator.bias,
+            modulation=weight,
+            modulation_bias=modulator.bias,
             inner=encoder.inner_kind,
             pooling=encoder.pooling,
             heads=encoder.heads,

@@ -1,0 +1,108 @@
+"""The steps of a fused block by the native core, on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fssa_fast.backends.addresses import CODES, at, slots_of
+from fssa_fast.generation.block_ops import ACTIVATIONS, AttentionSettings, Expansion, Packed, Step
+from fssa_fast.generation.cache import BLOCK, BlockCache
+
+PANEL = 32  # outputs that lie side by side in a packed weight
+
+
+class NativeOps:
+    """The steps by the native core, on the CPU."""
+
+    capturable = False
+    cache_block = BLOCK
+
+    def __init__(self, core: Any) -> None:
+        self._core = core
+
+    def pack(self, weight: Tensor) -> Packed:
+        outputs, width = weight.shape
+        count = -(-outputs // PANEL)
+        data = weight.new_zeros(count * PANEL, width)
+        data[:outputs] = weight.detach()
+        return Packed(data.view(count, PANEL, width).transpose(1, 2).contiguous(), outputs, width)
+
+    def linear(self, x: Tensor, weight: Packed, bias: Tensor | None, y: Tensor) -> Step:
+        args = (
+            CODES[x.dtype], len(x), weight.width, weight.outputs, at(x), weight.data.data_ptr(),
+            0 if bias is None else bias.data_ptr(), at(y), torch.get_num_threads(),
+        )  # fmt: skip
+        return self._call(self._core.cpu_linear, args, x, weight, bias, y)
+
+    def adapt(self, parts: Sequence[Expansion], slots: Tensor) -> Step:
+        listed = [
+            (
+                part.b.width, part.b.outputs, at(part.hidden), at(part.gamma),
+                (0, 0) if part.beta is None else at(part.beta), part.gamma.stride(1), part.b.data.data_ptr(),
+                at(part.y),
+            )
+            for part in parts
+        ]  # fmt: skip
+        code, rows = CODES[parts[0].y.dtype], len(parts[0].y)
+        where = slots_of(slots, len(slots), len(parts[0].gamma))
+        return self._call(self._core.cpu_adapt, (code, rows, where, listed, torch.get_num_threads()), parts, slots)
+
+    def gate(self, activation: str, gate: Tensor, up: Tensor, y: Tensor) -> Step:
+        args = (
+            CODES[y.dtype], ACTIVATIONS.index(activation), *y.shape, at(gate), at(up), at(y), torch.get_num_threads(),
+        )  # fmt: skip
+        return self._call(self._core.cpu_gate, args, gate, up, y)
+
+    def film_norm(
+        self,
+        x: Tensor,
+        residual: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        slots: Tensor,
+        weight: Tensor,
+        eps: float,
+        hidden: Tensor,
+        normed: Tensor,
+    ) -> Step:
+        args = (
+            CODES[x.dtype], *x.shape, at(x), at(residual), at(scale), at(shift),
+            slots_of(slots, len(slots), len(scale)), weight.data_ptr(), eps, at(hidden), at(normed),
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return self._call(self._core.cpu_film_norm, args, x, residual, scale, shift, slots, weight, hidden, normed)
+
+    def attention(
+        self,
+        settings: AttentionSettings,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        positions: Tensor,
+        sequences: Tensor,
+        cache: BlockCache,
+        layer: int,
+        out: Tensor,
+    ) -> Step:
+        s = settings
+        keys, values = cache.layer(layer)
+        args = (
+            CODES[out.dtype], (len(q), s.heads, s.kv_heads, s.head_width), at(q), at(k), at(v),
+            0 if s.q_norm is None else s.q_norm.data_ptr(), 0 if s.k_norm is None else s.k_norm.data_ptr(), s.eps,
+            s.cos.data_ptr(), s.sin.data_ptr(), len(s.cos), positions.data_ptr(), sequences.data_ptr(),
+            cache.table.data_ptr(), *cache.table.shape, keys.data_ptr(), values.data_ptr(), len(keys),
+            s.scale, s.softcap, s.window, at(out), torch.get_num_threads(),
+        )  # fmt: skip
+        return self._call(self._core.cpu_attention, args, s, q, k, v, positions, sequences, cache, out)
+
+    @staticmethod
+    def _call(function: Callable[..., None], args: tuple[Any, ...], *tensors: Any) -> Step:
+        # The core gets addresses: what lies there lives as long as the step.
+        def run(tensors: tuple[Any, ...] = tensors) -> None:
+            function(*args)
+
+        return run
