@@ -43,10 +43,10 @@ def film_cases(dtype: torch.dtype) -> Iterator[Case]:
             scale, shift = bank[:, :width], bank[:, width:]
             slots, weight = torch.randint(SLOTS, (rows,), dtype=torch.int32), torch.ones(width, dtype=dtype)
             name = f"{rows} rows, D {width}"
-            plain = (x, scale, shift, slots)
-            normed = (x, residual, scale, shift, slots, weight, 1e-5)
-            yield "film", name, _pair(ops.film, film_reference, plain)
-            yield "film_norm", name, _pair(ops.film_norm, film_norm_reference, normed)
+            modulation = {"scale": scale, "shift": shift, "slots": slots}
+            yield "film", name, _pair(ops.film, film_reference, x, **modulation)
+            normed = modulation | {"weight": weight, "eps": 1e-5}
+            yield "film_norm", name, _pair(ops.film_norm, film_norm_reference, x, residual, **normed)
 
 
 def lora_cases(dtype: torch.dtype) -> Iterator[Case]:
@@ -60,12 +60,13 @@ def lora_cases(dtype: torch.dtype) -> Iterator[Case]:
                     b = (torch.randn(rank, out) * 1e-3).to(dtype)
                     gamma, beta = torch.ones(SLOTS, rank, dtype=dtype), torch.zeros(SLOTS, rank, dtype=dtype)
                     slots = torch.randint(SLOTS, (rows,), dtype=torch.int32)
-                    call = (x, [y], a, [b], gamma, beta, slots, 1.0)
-                    yield "lora_", f"{rows} rows, D {width}, O {out}, R {rank}", _pair(ops.lora_, lora_reference_, call)
+                    adapter = {"a": a, "bs": [b], "gamma": gamma, "beta": beta, "slots": slots, "scaling": 1.0}
+                    sides = _pair(ops.lora_, lora_reference_, x, [y], **adapter)
+                    yield "lora_", f"{rows} rows, D {width}, O {out}, R {rank}", sides
 
 
-def _pair(op: Callable[..., Any], reference: Callable[..., Any], args: tuple[Any, ...]) -> Sides:
-    return {"op": lambda: op(*args), "definition": lambda: reference(*args)}
+def _pair(op: Callable[..., Any], reference: Callable[..., Any], *args: Any, **rest: Any) -> Sides:
+    return {"op": lambda: op(*args, **rest), "definition": lambda: reference(*args, **rest)}
 
 
 def context_weights(embedding: int, latent: int, inner: str, pooling: str, dtype: torch.dtype) -> ContextWeights:

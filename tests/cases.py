@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import inspect
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -68,6 +69,12 @@ def on_backends(many: Iterable[Any], few: Iterable[Any], name: str = "shape") ->
             label = "x".join(map(str, case)) if isinstance(case, tuple) else str(case)
             rows.append(pytest.param(backend, case, id=f"{backend}-{label}"))
     return pytest.mark.parametrize(("backend", name), rows)
+
+
+def in_order(op: Callable[..., Any]) -> Callable[..., Any]:
+    """The op by arguments in the order of its definition, as the tuples below hold them: most of them go by keyword."""
+    names = tuple(inspect.signature(op).parameters)
+    return lambda *args: op(**dict(zip(names, args, strict=True)))
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:

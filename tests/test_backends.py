@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import cpu_backends, film_args, lora_args, running
+from cases import cpu_backends, film_args, in_order, lora_args, running
 
-from fssa_fast import backends
+from fssa_fast import backends, ops
 from fssa_fast._native import load_native
 from fssa_fast.backends import BackendError, chosen_backend, load_backend, use_backend
-from fssa_fast.ops import film, lora, lora_
 from fssa_fast.ops.film import film_reference
+
+film, lora, lora_ = in_order(ops.film), in_order(ops.lora), in_order(ops.lora_)
 
 native = pytest.mark.skipif(load_native()[0] is None, reason=str(load_native()[1]))
 
@@ -105,7 +106,7 @@ def test_a_missing_native_module_is_explained(monkeypatch):
         "from fssa_fast.ops import film\n"
         "print(load_backend('cpu')[1])\n"
         "x = torch.zeros(1, 4)\n"
-        "film(x, x, x, torch.zeros(1, dtype=torch.int32))\n"
+        "film(x, scale=x, shift=x, slots=torch.zeros(1, dtype=torch.int32))\n"
     )
     for name, code in (("auto", 0), ("cpu", 1)):
         environment = {**os.environ, "FSSA_BACKEND": name}
@@ -142,7 +143,7 @@ def test_instruction_set_from_the_environment(name):
         "from fssa_fast.ops import film\n"
         "from fssa_fast.backends import cpu\n"
         "x = torch.zeros(1, 4)\n"
-        "film(x, x, x, torch.zeros(1, dtype=torch.int32))\n"
+        "film(x, scale=x, shift=x, slots=torch.zeros(1, dtype=torch.int32))\n"
         "print(cpu.isa())\n"
     )
     environment = {**os.environ, "FSSA_CPU_ISA": name, "FSSA_BACKEND": "cpu"}

@@ -114,7 +114,7 @@ def test_a_wheel_works_where_it_is_installed(wheel, tmp_path):
         "from fssa_fast.ops import film\n"
         "x = torch.ones(2, 5)\n"
         "with use_backend('cpu'):\n"
-        "    assert film(x, x, x, torch.tensor([1, 0])).eq(3).all()\n"
+        "    assert film(x, scale=x, shift=x, slots=torch.tensor([1, 0])).eq(3).all()\n"
     )
     environment = {"PYTHONPATH": str(tmp_path / "site"), "PATH": "/usr/bin:/bin"}
     subprocess.run(

@@ -60,10 +60,11 @@ def rows_args(args, bank_dtype=None, noise=True, width=29):
     return bank, slots, modulation, bias, normal(users, latent, dtype=dtype) if noise else None
 
 
-def write_rows(bank, slots, args, modulation, bias, noise, op=torch.ops.fssa.context_rows_):
+def write_rows(bank, slots, args, modulation, bias, noise):
     pairs, choices, offsets, weights, inner, pooling, heads = args
-    return op(
-        bank, slots, pairs, choices, offsets, weights, modulation, bias, noise, inner, pooling, heads
+    return context_rows_(
+        bank, slots, pairs, choices, offsets, ContextWeights(*weights), modulation=modulation, modulation_bias=bias,
+        noise=noise, inner=inner, pooling=pooling, heads=heads,
     )  # fmt: skip
 
 
@@ -108,8 +109,7 @@ def test_rows_are_their_definition(backend, shape, inner, pooling, bank_dtype):
         call = (slots, pairs, choices, offsets, weights, modulation, bias, given_noise, *kind)
         table = bank._base.clone()[:, 2 : 2 + bank.shape[1]]
         with running(backend):
-            latents = context_rows_(*(table, *call[:4], ContextWeights(*weights), *call[5:8]), inner=kind[0],
-                                    pooling=kind[1], heads=kind[2])  # fmt: skip
+            latents = write_rows(table, slots, args, modulation, bias, given_noise)
         check_parity([latents, table], definition, (bank, *call))
         untouched = torch.ones(bank.shape[0], dtype=torch.bool)
         untouched[slots.long()] = False
@@ -267,10 +267,8 @@ def test_gradcheck(inner, pooling):
 def test_rows_refuse_to_be_differentiated():
     args = args_of(FEW[0], "linear", "sum", torch.float32)
     bank, slots, modulation, bias, noise = rows_args(args)
-    pairs, choices, offsets, weights, inner, pooling, heads = args
     with pytest.raises(RuntimeError, match="^context_rows_: .*not differentiable"):
-        context_rows_(bank, slots, pairs, choices, offsets, ContextWeights(*weights), modulation.requires_grad_(), bias,
-                      noise, inner=inner, pooling=pooling, heads=heads)  # fmt: skip
+        write_rows(bank, slots, args, modulation.requires_grad_(), bias, noise)
 
 
 @pytest.mark.parametrize("backend", one_of_each())
@@ -354,12 +352,8 @@ def test_bad_rows_input_is_named(name, change, error):
     args = args_of(FEW[0], "linear", "sum", torch.float32)
     rest = dict(zip(("bank", "slots", "modulation", "modulation_bias", "noise"), rows_args(args), strict=True))
     rest[name] = change(rest[name])
-    pairs, choices, offsets, weights, inner, pooling, heads = args
     with pytest.raises(error, match=f"^({name}|bank): expected|^modulation"):
-        context_rows_(
-            rest["bank"], rest["slots"], pairs, choices, offsets, ContextWeights(*weights), rest["modulation"],
-            rest["modulation_bias"], rest["noise"], inner=inner, pooling=pooling, heads=heads,
-        )  # fmt: skip
+        write_rows(rest.pop("bank"), rest.pop("slots"), args, *rest.values())
 
 
 def test_flat_finds_every_tensor():

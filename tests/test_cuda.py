@@ -167,7 +167,7 @@ def test_why_it_is_not_there() -> None:
     assert any(part in why for part in ("has no CUDA", "no GPU", "compute capability", "fssa_fast._cuda"))
     x = torch.zeros(2, 4)
     with use_backend("cuda"), pytest.raises(BackendError, match="'cuda' was asked for but cannot run film: "):
-        film(x, x, x, torch.zeros(2, dtype=torch.int32))
+        film(x, scale=x, shift=x, slots=torch.zeros(2, dtype=torch.int32))
 
 
 @pytest.fixture

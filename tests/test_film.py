@@ -4,19 +4,32 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import backends, cpu_backends, dtypes, film_args, film_norm_args, normal, on_backends, one_of_each, running
+from cases import (
+    backends,
+    cpu_backends,
+    dtypes,
+    film_args,
+    film_norm_args,
+    in_order,
+    normal,
+    on_backends,
+    one_of_each,
+    running,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import check_parity
 
+from fssa_fast import ops
 from fssa_fast.backends import use_backend
-from fssa_fast.ops import film, film_norm
 from fssa_fast.ops.film import (
     film_backward_reference,
     film_norm_backward_reference,
     film_norm_reference,
     film_reference,
 )
+
+film, film_norm = in_order(ops.film), in_order(ops.film_norm)
 
 SHAPES = [(1, 1), (1, 111), (2, 16), (7, 33), (31, 576), (257, 64), (64, 3424)]
 FEW = [(1, 111), (5, 33)]
@@ -227,7 +240,7 @@ def test_bad_input_is_named(name, change, error):
     args = dict(zip(names, film_norm_args(6, 8, torch.float32), strict=True))
     args[name] = change(args[name])
     with pytest.raises(error, match=f"^{name}: expected"):
-        film_norm(**args)
+        ops.film_norm(**args)
     if name in ("x", "scale", "shift", "slots"):
         with pytest.raises(error, match=f"^{name}: expected"):
-            film(**{key: args[key] for key in ("x", "scale", "shift", "slots")})
+            ops.film(**{key: args[key] for key in ("x", "scale", "shift", "slots")})

@@ -465,7 +465,7 @@ def test_a_triton_that_is_missing_or_unfit_is_explained(version, complaint):
         "from fssa_fast.backends import load_backend\n"
         "from fssa_fast.ops import film\n"
         "x = torch.zeros(1, 4)\n"
-        "film(x, x, x, torch.zeros(1, dtype=torch.int32))\n"
+        "film(x, scale=x, shift=x, slots=torch.zeros(1, dtype=torch.int32))\n"
         "print(load_backend('triton')[1])\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import backends, columns, cpu_backends, dtypes, lora_args, normal, on_backends, one_of_each, running
+from cases import (
+    backends,
+    columns,
+    cpu_backends,
+    dtypes,
+    in_order,
+    lora_args,
+    normal,
+    on_backends,
+    one_of_each,
+    running,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import check_parity
 
+from fssa_fast import ops
 from fssa_fast.backends import use_backend
-from fssa_fast.ops import lora, lora_
 from fssa_fast.ops.lora import lora_backward_reference, lora_reference
+
+lora, lora_ = in_order(ops.lora), in_order(ops.lora_)
 
 # rows, width, then rank and output width of each projection
 SHAPES = [
@@ -231,6 +244,12 @@ def test_in_place_refuses_to_be_differentiated():
         lora_(x.requires_grad_(), ys, *rest)
 
 
+@pytest.mark.parametrize("op", [ops.lora, ops.lora_], ids=["lora", "lora_"])
+def test_long_argument_lists_go_by_keyword(op):
+    with pytest.raises(TypeError, match="positional"):
+        op(*lora_args(4, 5, ((2, 3),), torch.float32))
+
+
 @pytest.mark.parametrize("backend", one_of_each())
 @pytest.mark.parametrize("bad", [-1, 5])
 def test_slot_out_of_range_changes_nothing(backend, bad):
@@ -268,7 +287,7 @@ NAMES = ("x", "ys", "a", "bs", "gamma", "beta", "slots", "scaling")
         ("slots", lambda t: t[None], ValueError, "slots"),
     ],
 )
-@pytest.mark.parametrize("op", [lora, lora_], ids=["lora", "lora_"])
+@pytest.mark.parametrize("op", [ops.lora, ops.lora_], ids=["lora", "lora_"])
 def test_bad_input_is_named(op, name, change, error, said):
     args = dict(zip(NAMES, lora_args(6, 8, ((2, 3), (1, 4)), torch.float32), strict=True))
     args[name] = change(args[name])

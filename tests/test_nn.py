@@ -231,7 +231,8 @@ def test_encoder_and_modulator_are_what_writes_the_bank():
     encoder, modulator = ContextEncoder(E, H, sampled=True).eval(), Modulator(H, 6, std=1.0)
     packed, noise, bank = pack_choices(*users([4, 0, 2])), torch.randn(3, H), torch.zeros(5, 6)
     latents = context_rows_(
-        bank, torch.tensor([4, 1, 2]), *packed, encoder.weights(), modulator.weight, modulator.bias, noise
+        bank, torch.tensor([4, 1, 2]), *packed, encoder.weights(), modulation=modulator.weight,
+        modulation_bias=modulator.bias, noise=noise,
     )
     assert_close(latents, encoder.latents(*packed, noise))
     assert_close(bank[[4, 1, 2]], modulator(latents))

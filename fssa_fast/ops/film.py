@@ -161,7 +161,7 @@ def _check(x: Tensor, scale: Tensor, shift: Tensor, slots: Tensor) -> None:
     check_slots(slots, x)
 
 
-def film(x: Tensor, scale: Tensor, shift: Tensor, slots: Tensor) -> Tensor:
+def film(x: Tensor, *, scale: Tensor, shift: Tensor, slots: Tensor) -> Tensor:
     """Scales and shifts every row by its user's modulation.
 
     Semantics: `y[b, ..., d] = x[b, ..., d] * (1 + scale[slots[b], d]) + shift[slots[b], d]`
@@ -181,11 +181,11 @@ def film(x: Tensor, scale: Tensor, shift: Tensor, slots: Tensor) -> Tensor:
 
 
 def film_norm(
-    x: Tensor, residual: Tensor, scale: Tensor, shift: Tensor, slots: Tensor, weight: Tensor, eps: float
+    x: Tensor, residual: Tensor, *, scale: Tensor, shift: Tensor, slots: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Residual add, `film`, and the RMSNorm that follows, in one pass over the hidden states.
 
-    Semantics: `hidden = film(residual + x, scale, shift, slots)`,
+    Semantics: `hidden = film(residual + x)`,
     `normed = weight * hidden / sqrt(mean(hidden^2, over D) + eps)`
 
     Args:

@@ -159,6 +159,7 @@ def _check(
 def lora(
     x: Tensor,
     ys: Sequence[Tensor],
+    *,
     a: Tensor,
     bs: Sequence[Tensor],
     gamma: Tensor,
@@ -194,6 +195,7 @@ def lora(
 def lora_(
     x: Tensor,
     ys: Sequence[Tensor],
+    *,
     a: Tensor,
     bs: Sequence[Tensor],
     gamma: Tensor,
