@@ -48,8 +48,8 @@ def test_base_keeps_its_state_and_gets_it_back(name: str) -> None:
     before = {key: value.clone() for key, value in model.state_dict().items()}
     plain = logits(model, ids)
     policy = make_policy(model)
-    added = set(model.state_dict()) - set(before)
-    assert added and all(".fssa." in key for key in added)
+    assert set(model.state_dict()) == set(before)  # what it saves of itself is itself
+    assert any(".fssa." in key for key, _ in model.named_parameters())
     assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
     assert not any(p.requires_grad for key, p in model.named_parameters() if ".fssa." not in key)
     assert torch.equal(logits(model, ids), plain)  # no users, no steering

@@ -1,13 +1,11 @@
 """Attaching to a Hugging Face model: child modules named `fssa`, and forward hooks that read them.
 
 The parameters of the base model keep their names. The hooks are functions of this module, not closures, so that a deep
-copy of the model steers by its own adapters. Which users a forward serves is kept by thread: two generations at once in
-two threads do not see each other's users.
+copy of the model steers by its own adapters. Which users a forward serves, `current` says.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -19,33 +17,8 @@ from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from torch.utils.hooks import RemovableHandle
 
 from fssa_fast.ops import film, lora
+from fssa_fast.steering.current import ActiveUsers, CurrentUsers
 from fssa_fast.steering.sites import FilmSite, Layout, LoraSite
-
-
-@dataclass(frozen=True)
-class ActiveUsers:
-    """The users of a forward: the rows [S, M] of a bank, and the slot of each batch row [B] or token [B, T]."""
-
-    rows: Tensor
-    slots: Tensor
-
-
-class CurrentUsers(threading.local):
-    """Which users the current thread's forwards serve; None is the base model."""
-
-    users: ActiveUsers | None = None
-
-    @contextmanager
-    def serve(self, users: ActiveUsers | None) -> Iterator[None]:
-        """The forwards of this block, in this thread, serve these users."""
-        before, self.users = self.users, users
-        try:
-            yield
-        finally:
-            self.users = before
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> CurrentUsers:
-        return memo.setdefault(id(self), CurrentUsers())
 
 
 class FilmChild(nn.Module):
@@ -124,6 +97,7 @@ class Attachment:
     layout: Layout
     current: CurrentUsers
     handles: list[RemovableHandle]
+    on: bool = True
 
     def children(self) -> Iterator[tuple[str, LoraChild]]:
         """The projections that carry adapters: (path, child). Raises RuntimeError after `remove`."""
@@ -140,12 +114,13 @@ class Attachment:
 
     def check(self) -> None:
         """Raises RuntimeError after `remove`: the model would answer as the base model, whoever is asked for."""
-        if not self.handles:
+        if not self.on:
             raise RuntimeError("policy: expected one attached to its base model, got one that was detached")
 
     def remove(self) -> None:
         """Takes hooks and children off: the model is as it was. Raises RuntimeError the second time."""
         self.check()
+        self.on = False
         while self.handles:
             self.handles.pop().remove()
         for path in {site.path for site in self.layout.films} | {site.path for site in self.layout.loras}:
@@ -168,7 +143,21 @@ def attach(model: nn.Module, layout: Layout) -> Attachment:
         projection = model.get_submodule(path)
         projection.add_module("fssa", LoraChild(sites, current, next(projection.parameters()).device))
         handles.append(projection.register_forward_hook(_lora_hook))
+    handles.append(model.register_state_dict_post_hook(_leave_out_adapters))
+    handles.append(model.register_load_state_dict_post_hook(_expect_no_adapters))
     return Attachment(model, layout, current, handles)
+
+
+def _leave_out_adapters(model: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """A state that the base model is asked for itself, by its own `save_pretrained` for one, is the base model's."""
+    if not prefix:
+        for name in [name for name in state if ".fssa." in name]:
+            del state[name]
+
+
+def _expect_no_adapters(model: nn.Module, keys: Any) -> None:
+    """So that the base model's own state is a whole one to load."""
+    keys.missing_keys[:] = [name for name in keys.missing_keys if ".fssa." not in name]
 
 
 # What takes long to compute again: matrix products, and attention by any of PyTorch's kernels.
@@ -177,6 +166,19 @@ _ATTENTION = ("flash_attention_for_cpu", "flash_attention", "efficient_attention
 _LONG = [getattr(torch.ops.aten, name).default for name in _PRODUCTS] + [
     getattr(torch.ops.aten, f"_scaled_dot_product_{name}").default for name in _ATTENTION
 ]
+
+
+def check_checkpointing(model: nn.Module) -> None:
+    """Raises ValueError where blocks are recomputed in a backward that would not know whom their forward served."""
+    for name, module in model.named_modules():
+        if getattr(module, "gradient_checkpointing", False):
+            how = getattr(module, "_gradient_checkpointing_func", None)
+            contexts = getattr(how, "keywords", {}).get("context_fn")
+            if not getattr(contexts, "serves_users", False):
+                raise ValueError(
+                    f"model: expected gradient checkpointing by the policy, got the model's own on {name!r}: its "
+                    "recomputation would serve other users; call policy.gradient_checkpointing_enable()"
+                )
 
 
 def checkpoint_contexts(current: CurrentUsers, keep_products: bool) -> Callable[[], tuple[Any, Any]]:
@@ -190,6 +192,7 @@ def checkpoint_contexts(current: CurrentUsers, keep_products: bool) -> Callable[
         first, again = create_selective_checkpoint_contexts(_LONG) if keep_products else (nullcontext(), nullcontext())
         return _within(current.serve(users), first), _within(current.serve(users), again)
 
+    contexts.serves_users = True  # type: ignore[attr-defined]  # for check_checkpointing
     return contexts
 
 
