@@ -1,7 +1,7 @@
 """Decoding many users in one batch."""
 
 from fssa_fast.generation.engine import Engine, EngineClosed, QueueFull
-from fssa_fast.generation.fused import CannotFuse, FusedModel
+from fssa_fast.generation.fused import CannotFuse, FusedModel, StaleFused
 from fssa_fast.generation.generate import generate, stream
 from fssa_fast.generation.requests import Handle, Result
 
@@ -13,6 +13,7 @@ __all__ = [
     "Handle",
     "QueueFull",
     "Result",
+    "StaleFused",
     "generate",
     "stream",
 ]

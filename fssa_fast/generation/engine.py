@@ -139,6 +139,7 @@ class Engine:
         Raises: UnknownUser; QueueFull; EngineClosed; BankFull where a blend or a strength finds no free row;
             TypeError, ValueError for an empty prompt, one that does not fit with its answer, a number out of range.
         """
+        self._fused.check()
         if isinstance(stop, str) or not all(isinstance(text, str) and text for text in stop):
             raise ValueError(f"stop: expected a list of texts, none of them empty, got {stop!r}")
         if stop and self._policy.tokenizer is None:

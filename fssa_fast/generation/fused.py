@@ -33,6 +33,10 @@ class CannotFuse(ValueError):
     """The model has no fused form that computes the same."""
 
 
+class StaleFused(RuntimeError):
+    """The model has changed since it was fused: fuse it again."""
+
+
 @dataclass(frozen=True)
 class _Adapter:
     """One adapter's columns in its group's product, its B, and the columns of the output that it is added to."""
@@ -72,15 +76,21 @@ class FusedModel:
     Made by `SteerablePolicy.fuse`. Any device works: the CPU by native steps, a GPU by Triton's, replayed as CUDA
     graphs where a step has at most 256 tokens. Not safe between threads.
 
-    Raises: CannotFuse for an architecture, a projection, a rope or a hook that it does not know.
+    Raises: CannotFuse for an architecture, a projection, a rope or a hook that it does not know; StaleFused for a bank
+        of another dtype or device than the model's.
     """
 
     def __init__(self, policy: Steered, max_positions: int | None = None, attention: str = "auto") -> None:
         model = policy.model
         _check(policy)
+        # What is packed is a copy: it is known by what it was made from.
+        self._weights = [(name, weight, _state_of(weight)) for name, weight in model.named_parameters()]
+        self._adapters = [weight for name, weight, _ in self._weights if ".fssa." in name]
+        self._adapters_version = sum(weight._version for weight in self._adapters)
         self.policy, self.model = policy, model
         self.config = model.config.get_text_config()
         self.dtype, self.device = model.dtype, policy.device
+        self._check_rows(policy.bank.rows)
         head_width = model.model.layers[0].self_attn.head_dim
         self.ops = ops_for(self.device, self.dtype, head_width, attention)
         captures = self.device.type == "cuda" and self.ops.capturable
@@ -135,6 +145,27 @@ class FusedModel:
             device=self.device,
         )
 
+    def stale(self) -> str | None:
+        """What has changed in the model since it was fused, by words; None where nothing has."""
+        for name, parameter, known in self._weights:
+            if _state_of(parameter) != known:
+                return f"{name} has been changed or moved"
+        return None
+
+    def check(self) -> None:
+        """Raises StaleFused where the model is no longer the one that was fused."""
+        changed = self.stale()
+        if changed is not None:
+            raise StaleFused(f"model: expected the parameters that were fused, but {changed}; call policy.fuse() again")
+
+    def _check_rows(self, rows: Tensor) -> None:
+        # Kernels are handed addresses: rows of another dtype would be read as other numbers, and past their end.
+        if rows.dtype != self.dtype or rows.device != self.device:
+            raise StaleFused(
+                f"bank: expected rows of {self.dtype} on {self.device}, as the model had them when it was fused, got "
+                f"{rows.dtype} on {rows.device}; call policy.fuse() again"
+            )
+
     @torch.inference_mode()
     def forward(
         self,
@@ -153,10 +184,14 @@ class FusedModel:
             logits_of: indices [m] of the tokens whose logits are wanted; None: all.
 
         Returns: logits [m, V], in memory that the next call writes again.
-        Raises: ValueError for arguments of different lengths; IndexError for a slot, a sequence or a position that is
+        Raises: StaleFused where the bank has another dtype or place, or an adapter was changed since; ValueError for
+            arguments of different lengths; IndexError for a slot, a sequence or a position that is
             out of range. On a GPU, where to look would be to wait, they are taken as they are.
         """
         n = len(ids)
+        self._check_rows(self.policy.bank.rows)
+        if sum(weight._version for weight in self._adapters) != self._adapters_version:
+            self.check()
         for name, values in (("slots", slots), ("sequences", sequences), ("positions", positions)):
             if values.shape != ids.shape:
                 raise ValueError(f"{name}: expected one for each of the {n} tokens, got shape {list(values.shape)}")
@@ -400,6 +435,11 @@ class _Workspace:
                 yield alone(out, block.after_mlp)
             added = out if block.after_mlp is None else normed
             yield norm(added, hidden, next_norm, block.film, hidden)
+
+
+def _state_of(weight: Tensor) -> tuple[int, int, torch.dtype]:
+    """What changes when a parameter is written, converted or moved."""
+    return weight._version, weight.data_ptr(), weight.dtype
 
 
 def _activation(config: Any) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from typing import Any
@@ -18,8 +18,9 @@ from fssa_fast.generation.generate import Prompts, generate, stream
 from fssa_fast.nn import ContextEncoder, Modulator
 from fssa_fast.policy.import_reference import policy_from_reference
 from fssa_fast.policy.storage import load_policy, save_policy
-from fssa_fast.steering.attach import ActiveUsers, attach, checkpoint_contexts
+from fssa_fast.steering.attach import attach, check_checkpointing, checkpoint_contexts
 from fssa_fast.steering.config import SteeringConfig
+from fssa_fast.steering.current import ActiveUsers
 from fssa_fast.steering.sites import plan_sites
 from fssa_fast.users.bank import Bank
 from fssa_fast.users.embedder import TextEmbedder
@@ -150,8 +151,10 @@ class SteerablePolicy(nn.Module):
 
     @contextmanager
     def steer(self, users: Sequence[str]) -> Iterator[Tensor]:
-        """Every forward of the base model in this block, and this thread, serves these users, one a row.
+        """Every forward of the base model in this block serves these users, one a row.
 
+        Those of this thread, asyncio task or generator: others have blocks of their own, or none. A task started within
+        belongs to the block as long as it is open, and raises RuntimeError after.
         For the model's own methods (`policy.model.generate`, pipelines, ...). With beams or several sequences a
         prompt, name each user as often as the batch repeats it; `policy.generate` does so by itself.
         Yields the slots [B]. Raises UnknownUser.
@@ -190,6 +193,8 @@ class SteerablePolicy(nn.Module):
 
     def _serve(self, rows: Tensor | None, slots: Tensor | None) -> AbstractContextManager[None]:
         self.attachment.check()
+        if self.model.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            check_checkpointing(self.model)
         if slots is None:
             if rows is not None:
                 raise ValueError("slots: expected one for each batch row, since rows are given; got None")
@@ -255,6 +260,28 @@ class SteerablePolicy(nn.Module):
         """`gradient_checkpointing_enable`, by the name that later versions of transformers call."""
         self.gradient_checkpointing_enable(activation_checkpointing_kwargs, **options)
 
+    # ------------------------------------------------------------ dtype, device and copies
+
+    def _apply(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        # What `to`, `float`, `cuda` and the like call: the bank goes with the model; the fused form was another one's.
+        self.bank.check_unread()
+        super()._apply(fn, *args, **kwargs)
+        self._follow_model()
+        return self
+
+    def _follow_model(self) -> None:
+        """Lets the bank have the dtype and the device that the model has by now; its own `to` may have been called."""
+        dtype, device = self.model.dtype, next(self.model.parameters()).device
+        if (self.bank.rows.dtype, self.bank.rows.device) != (dtype, device):
+            self.bank.convert(dtype, device)
+            self.fused = None
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "policy: expected save_pretrained and from_pretrained, got pickle or deepcopy, which cannot take the "
+            "users: their rows and locks belong to this object"
+        )
+
     # ------------------------------------------------------------ generation
 
     def generate(self, prompts: Prompts, users: Sequence[str], **options: Any) -> Any:
@@ -284,6 +311,7 @@ class SteerablePolicy(nn.Module):
         Raises: CannotFuse for a model that has no fused form which computes the same; BackendError where flash-attn was
             asked for and cannot run; ValueError for another attention.
         """
+        self._follow_model()
         self.fused = FusedModel(self, max_positions, attention)
         return self.fused
 
@@ -294,6 +322,10 @@ class SteerablePolicy(nn.Module):
     def engine(self, **options: Any) -> Engine:
         """An engine that serves requests of many users in one batch; see `fssa_fast.generation.Engine`.
 
-        The policy is fused where it is not. Raises CannotFuse, and what the engine raises.
+        The policy is fused where it is not, or where its parameters have changed since.
+        Raises CannotFuse, and what the engine raises.
         """
-        return Engine(self, self.fused or self.fuse(), **options)
+        fused = self.fused
+        if fused is None or fused.stale():
+            fused = self.fuse()
+        return Engine(self, fused, **options)

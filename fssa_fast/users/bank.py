@@ -54,6 +54,20 @@ class Bank:
         """The columns that hold the plain adapters' strengths: a view [S, P]."""
         return self.rows[:, self.modulated :]
 
+    def check_unread(self) -> None:
+        """Raises RuntimeError while a generation reads rows: they must stay where and what they are."""
+        if self._pins:
+            raise RuntimeError(
+                "bank: expected no generation under way while its rows are moved to another dtype or device, got "
+                f"{len(self._pins)} rows that are being read"
+            )
+
+    def convert(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Moves the rows to another dtype or device. Raises RuntimeError while a generation reads them."""
+        with self._lock:
+            self.check_unread()
+            self.rows = self.rows.to(device=device, dtype=dtype)
+
     @contextmanager
     def take(self, count: int = 1) -> Iterator[list[int]]:
         """Reserves slots, and gives them back where the block raises. Raises BankFull where fewer are free."""
