@@ -29,6 +29,7 @@ ROOMS = [  # from the top
     "ops",
     "backends",
     "kernels",
+    "hub",
     "files",
     "records",
     "arguments",

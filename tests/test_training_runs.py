@@ -246,7 +246,11 @@ def test_a_policy_configuration_takes_adapters(tmp_path: Path) -> None:
     path = tmp_path / "policy.yaml"
     path.write_text("base: b\ndata: {path: c}\noutput: o\nloras: [{rank: 4}]\ntraining: {beta: 0.2, fp16: false}\n")
     run = read_run_config(PolicyRun, path)
-    assert run.loras[0].rank == 4 and run.training["beta"] == 0.2 and run.base == str(tmp_path / "b")
+    assert run.loras[0].rank == 4 and run.training["beta"] == 0.2
+    assert run.base == "b"  # no folder: a name of the hub
+    (tmp_path / "b").mkdir()
+    assert read_run_config(PolicyRun, path).base == str(tmp_path / "b")
+    assert read_run_config(PolicyRun, path, ["base=./nowhere"]).base == str(tmp_path / "nowhere")
 
 
 def test_a_run_of_a_newer_version(tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def _reward_scores(run: Path, setup: Setup, counts: list[int]) -> dict[int, Any]
     choices = read_choices(setup.path)
     if setup.users is not None:
         choices = [choice for choice in choices if choice.user in set(setup.users)]
-    embedder = setup.config.load_embedder()
+    embedder = setup.config.load_embedder(ask_hub=False)
     data = choice_data(choices, None if embedder is None else embedder.encode, path=setup.path)
     predict = model_predictor(RewardModel.from_pretrained(run))
     examples = held_out_examples(data, max_context=max(counts), repeats=4)

@@ -11,7 +11,7 @@ import torch
 
 from fssa_fast.nn import CheckpointError
 from fssa_fast.policy.reference_checkpoint import ReferencePolicy, read_reference
-from fssa_fast.policy.storage import Made, load_base, load_tokenizer
+from fssa_fast.policy.storage import Made, load_base, tokenizer_beside
 from fssa_fast.steering.config import EncoderConfig, LoraConfig, SteeringConfig
 
 
@@ -77,7 +77,10 @@ def policy_from_reference(
     source = read_reference(directory)
     if not isinstance(source, ReferencePolicy):
         raise CheckpointError(f"{directory}: expected a policy, got a reward model")
-    beside = Path(directory) / "base"
-    model = load_base(base, str(beside) if beside.is_dir() else str(source.config.get("llm_name", "")))
-    options.setdefault("tokenizer", load_tokenizer(model))
+    named = source.config.get("llm_name", "")
+    if not isinstance(named, str):
+        raise CheckpointError(f"{directory}: llm_name: expected a text, got {type(named).__name__}")
+    model, folder = load_base(base, "./base" if (Path(directory) / "base").is_dir() else named, directory=directory)
+    if "tokenizer" not in options:
+        options["tokenizer"] = tokenizer_beside(folder)
     return build_policy(make, source, model, **options)

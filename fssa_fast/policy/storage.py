@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fssa_fast.files import CheckpointError, read_tensors, read_text, write_pair
+from fssa_fast.hub import find_folder, has_tokenizer, load_model, load_tokenizer, recall, remember
 from fssa_fast.nn import ContextEncoder, Modulator
 from fssa_fast.steering.attach import Attachment
 from fssa_fast.steering.config import FORMAT_VERSION, ConfigError, SteeringConfig, from_json, to_json
@@ -44,7 +45,10 @@ Made = TypeVar("Made", bound=Storable)
 
 @dataclass(frozen=True)
 class BaseDescription:
-    """Which base model a policy steers."""
+    """Which base model a policy steers.
+
+    name_or_path: the hub's name, then with its revision, or the path from the folder in which the policy is saved.
+    """
 
     name_or_path: str
     architecture: str
@@ -52,6 +56,7 @@ class BaseDescription:
     blocks: int
     vocabulary: int
     fingerprint: tuple[float, ...]
+    revision: str | None = None
 
 
 @dataclass(frozen=True)
@@ -107,14 +112,16 @@ def save_policy(policy: Storable, directory: str | os.PathLike[str], dtype: torc
     """`SteerablePolicy.save_pretrained`."""
     from fssa_fast import __version__
 
-    saved = SavedPolicy(
-        FORMAT_VERSION,
-        policy.steering,
-        describe_base(policy.model),
-        None if policy.embedder is None else policy.embedder.config,
-        __version__,
-    )
     folder = Path(directory)
+    base = describe_base(policy.model)
+    name, revision = remember(base.name_or_path, folder)
+    embedder = None if policy.embedder is None else policy.embedder.config
+    if embedder is not None:
+        named = remember(embedder.name_or_path, folder)
+        embedder = replace(embedder, name_or_path=named[0], revision=named[1])
+    saved = SavedPolicy(
+        FORMAT_VERSION, policy.steering, replace(base, name_or_path=name, revision=revision), embedder, __version__
+    )
     tensors = {name: tensor.to(dtype or tensor.dtype) for name, tensor in adapter_tensors(policy).items()}
     write_pair(folder / CONFIG_NAME, to_json(saved), folder / WEIGHTS_NAME, tensors)
 
@@ -177,26 +184,31 @@ def load_adapter(policy: Storable, path: Path) -> None:
     fill_policy(policy, read_adapter(path, planned_tensors(policy.steering, policy.layout)))
 
 
-def load_base(base: Any, named: str) -> Any:
-    """The base model: itself, or loaded from a path, or from the name that a policy holds."""
+def load_base(
+    base: Any, named: str, *, directory: str | os.PathLike[str] = ".", revision: str | None = None
+) -> tuple[Any, Path | None]:
+    """The base model, and the folder it came from: `base` itself, or loaded from its folder, or from the hub by name.
+
+    None takes what a file in `directory` names: a folder, or what was downloaded from the hub before, at `revision`.
+    """
     if isinstance(base, nn.Module):
-        return base
-    path = base or named
-    if not path:
+        try:
+            return base, find_folder("base", str(getattr(base.config, "name_or_path", "")), ask_hub=False)
+        except ValueError:
+            return base, None
+    if not (base or named):
         raise ValueError("base: expected a model or its path, since the policy names none; got None")
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(path)
+    name = os.fspath(base) if base else recall(named, directory)
+    same = revision if name == named else None
+    folder = find_folder("base", name, ask_hub=bool(base), revision=same)
+    return load_model(AutoModelForCausalLM, folder), folder
 
 
-def load_tokenizer(model: Any) -> Any:
-    """The tokenizer beside a model, or None where there is none."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(model.config.name_or_path) if model.config.name_or_path else None
-    except (OSError, ValueError):
-        return None
+def tokenizer_beside(folder: Path | None) -> Any:
+    """The tokenizer in a model's folder, or None where there is none."""
+    return load_tokenizer(folder) if folder is not None and has_tokenizer(folder) else None
 
 
 def load_policy(
@@ -210,7 +222,7 @@ def load_policy(
 ) -> Made:
     """`SteerablePolicy.from_pretrained`; `make` is the class."""
     saved = read_description(directory)
-    model = load_base(base, saved.base.name_or_path)
+    model, folder = load_base(base, saved.base.name_or_path, directory=directory, revision=saved.base.revision)
     check_base(model, saved.base)
     # Before anything is allocated, so that sizes are those of a file that exists.
     wanted = planned_tensors(saved.config, plan_sites(model, saved.config))
@@ -219,13 +231,13 @@ def load_policy(
         if isinstance(embedder, TextEmbedder):
             embedder.check(saved.embedder)
         else:
-            embedder = TextEmbedder.from_config(saved.embedder, embedder)
+            embedder = TextEmbedder.from_config(saved.embedder, embedder, directory=directory)
     elif embedder is not None:
         raise ValueError("embedder: expected None, since the policy was saved without one; got one")
     policy = make(
         model,
         saved.config,
-        tokenizer=load_tokenizer(model) if tokenizer is None else tokenizer,
+        tokenizer=tokenizer_beside(folder) if tokenizer is None else tokenizer,
         embedder=embedder,
         capacity=capacity,
     )

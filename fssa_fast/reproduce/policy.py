@@ -16,6 +16,7 @@ from fssa_fast.data.lines import json_lines
 from fssa_fast.data.people import helpful_harmless
 from fssa_fast.evaluation.policies import HeldOut, each_held_out, implicit_margins
 from fssa_fast.evaluation.tables import Cell, Table
+from fssa_fast.hub import load_model, load_tokenizer
 from fssa_fast.nn import NPBTL
 from fssa_fast.policy import SteerablePolicy
 from fssa_fast.reproduce.people import TASKS
@@ -113,7 +114,7 @@ def reproduce(
 def _one(
     base: Path, data: Path, lines: Sequence[dict[str, Any]], folder: Path, seed: int, steps: int | None
 ) -> dict[str, dict[int, Floats]]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     train, validation, test = helpful_harmless(data, seed=seed)
     task = TASKS["hh"][0]
@@ -125,7 +126,7 @@ def _one(
         training=rewards, examples=ExamplesConfig(max(COUNTS), 8), seed=seed,
     )  # fmt: skip
     assert isinstance(reward, NPBTL)
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer = load_tokenizer(base)
     users, unseen = (conflicting(part, lines, tokenizer) for part in (train, test))
     torch.manual_seed(seed)
     config = SteeringConfig(
@@ -133,7 +134,7 @@ def _one(
         film=True,
         loras=(LoraConfig(("q_proj", "v_proj"), 16),),
     )
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    model = load_model(AutoModelForCausalLM, base, dtype=torch.bfloat16)
     policy = SteerablePolicy(
         model, config, tokenizer=tokenizer, modulation_std=config.encoder.latent_width**-0.5, modulation_mean=0.0
     )

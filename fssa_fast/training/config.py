@@ -12,6 +12,7 @@ import yaml
 from transformers import TrainingArguments
 
 from fssa_fast.files import read_text
+from fssa_fast.hub import find_folder, is_hub_id
 from fssa_fast.steering.config import ConfigError, LoraConfig, from_json
 from fssa_fast.training.fit import ExamplesConfig, RewardConfig
 from fssa_fast.training.policy import NPDPOArguments
@@ -21,10 +22,10 @@ from fssa_fast.users.embedder import TextEmbedder
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where the choices are, what embeds their texts (a path; None where they are features), how users are split.
+    """Where the choices are, what embeds their texts (None where they are features), how users are split.
 
-    The embedder is any model of Hugging Face with hidden states: a text encoder, or a language model with pooling
-    "last", whose state at an answer's last token then stands for the answer.
+    The embedder, a folder or a name of the hub, is any model of Hugging Face with hidden states: a text encoder, or a
+    language model with pooling "last", whose state at an answer's last token then stands for the answer.
     """
 
     path: str
@@ -33,9 +34,12 @@ class DataConfig:
     split_seed: int = 0
     shares: tuple[float, ...] = (0.7, 0.1, 0.2)
 
-    def load_embedder(self) -> TextEmbedder | None:
-        """The embedder, or None where options are features."""
-        return None if self.embedder is None else TextEmbedder.from_pretrained(self.embedder, pooling=self.pooling)
+    def load_embedder(self, *, ask_hub: bool = True) -> TextEmbedder | None:
+        """The embedder, or None where options are features; without `ask_hub`, from a folder or an earlier download."""
+        if self.embedder is None:
+            return None
+        folder = find_folder("embedder", self.embedder, ask_hub=ask_hub)
+        return TextEmbedder.from_pretrained(folder, pooling=self.pooling)
 
 
 @dataclass(frozen=True)
@@ -65,9 +69,9 @@ class PolicyExamplesConfig:
 class PolicyRun:
     """What `fssa train policy` does.
 
-    base: the base model's directory; dtype: what it is computed in. reward: a reward run whose context encoder the
-    policy takes over, and keeps as it is. latent_width: H, of a fresh encoder. modulation_std, modulation_mean: as
-    of `SteerablePolicy`. training: `NPDPOArguments` by name.
+    base: the base model's folder, or its name on the hub; dtype: what it is computed in. reward: a reward run whose
+    context encoder the policy takes over, and keeps as it is. latent_width: H, of a fresh encoder. modulation_std,
+    modulation_mean: as of `SteerablePolicy`. training: `NPDPOArguments` by name.
     """
 
     base: str
@@ -111,10 +115,10 @@ def read_run_config(cls: type[Run], path: str | os.PathLike[str], settings: Sequ
     arguments = RewardArguments if cls is RewardRun else NPDPOArguments
     checked = check_training(config.training, arguments, f"{path}.training")
     home = Path(path).resolve().parent
-    data = replace(config.data, path=_at(home, config.data.path), embedder=_at(home, config.data.embedder))
+    data = replace(config.data, path=_at(home, config.data.path), embedder=_model_at(home, config.data.embedder))
     config = replace(config, data=data, output=_at(home, config.output), training=checked)
     if isinstance(config, PolicyRun):
-        config = replace(config, base=_at(home, config.base), reward=_at(home, config.reward))
+        config = replace(config, base=_model_at(home, config.base), reward=_at(home, config.reward))
     return config
 
 
@@ -146,3 +150,8 @@ def _yaml(text: str, where: str) -> Any:
 
 def _at(home: Path, path: str | None) -> Any:
     return None if path is None else str(home / path)
+
+
+def _model_at(home: Path, name: str | None) -> Any:
+    """A model's folder, or, where there is none of that name, its name on the hub."""
+    return name if name is not None and is_hub_id(name) and not (home / name).is_dir() else _at(home, name)

@@ -16,6 +16,7 @@ from transformers import PrinterCallback
 from fssa_fast.data.choices import split_users
 from fssa_fast.data.files import Choice, Embed, read_choices
 from fssa_fast.data.lines import DataError
+from fssa_fast.hub import find_folder, load_model, load_tokenizer
 from fssa_fast.nn import NPBTL, ContextEncoder, RewardModel, pack_choices
 from fssa_fast.policy.policy import SteerablePolicy
 from fssa_fast.records import environment, file_hash
@@ -113,7 +114,7 @@ def fit_policy(config: PolicyRun, *, resume: bool = False, quiet: bool = False) 
     Args:
         resume: goes on from the last whole checkpoint, where there is one. quiet: prints nothing.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     if config.examples.opposed and config.examples.targets != 1:
         raise ConfigError(f"examples.targets: expected 1 for opposed examples, got {config.examples.targets}")
@@ -135,11 +136,12 @@ def fit_policy(config: PolicyRun, *, resume: bool = False, quiet: bool = False) 
         config.loras,
     )
     torch.manual_seed(config.seed)
-    base = AutoModelForCausalLM.from_pretrained(config.base, dtype=getattr(torch, config.dtype))
+    folder = find_folder("base", config.base, ask_hub=True)
+    base = load_model(AutoModelForCausalLM, folder, dtype=getattr(torch, config.dtype))
     policy = SteerablePolicy(
         base,
         steering,
-        tokenizer=AutoTokenizer.from_pretrained(config.base),
+        tokenizer=load_tokenizer(folder),
         embedder=embedder,
         modulation_std=config.modulation_std,
         modulation_mean=config.modulation_mean,

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import string
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fssa_fast.hub import find_folder, load_model, load_tokenizer, recall
+
 
 @dataclass(frozen=True)
 class EmbedderConfig:
-    """What a policy remembers of its embedder. `template` joins a prompt and an answer."""
+    """What a policy remembers of its embedder. `template` joins a prompt and an answer.
+
+    name_or_path: the hub's name, then with its revision, or a folder; in a saved policy the path from its own folder.
+    """
 
     name_or_path: str
     width: int
@@ -25,6 +32,7 @@ class EmbedderConfig:
     normalize: bool = True
     max_tokens: int = 256
     fingerprint: tuple[float, ...] = ()
+    revision: str | None = None
 
 
 def weight_fingerprint(model: Any) -> tuple[float, ...]:
@@ -40,7 +48,7 @@ def weight_fingerprint(model: Any) -> tuple[float, ...]:
 
 
 def same_fingerprint(a: Sequence[float], b: Sequence[float]) -> bool:
-    """Whether two fingerprints are of the same weights, up to rounding."""
+    """Whether two fingerprints are of the same weights, up to rounding, which is judged by `a`, the measured one."""
     allowed = 0.02 * max([1e-3, *map(abs, a)])
     return len(a) == len(b) and all(abs(x - y) <= allowed for x, y in zip(a, b, strict=True))
 
@@ -95,30 +103,39 @@ class TextEmbedder:
         self._cache: OrderedDict[str, Tensor] = OrderedDict()
 
     @classmethod
-    def from_pretrained(cls, path: str, **options: Any) -> TextEmbedder:
-        """Loads encoder and tokenizer from a directory or a model's name; options as for the constructor."""
-        from transformers import AutoModel, AutoTokenizer
+    def from_pretrained(cls, path: str | os.PathLike[str], **options: Any) -> TextEmbedder:
+        """Loads encoder and tokenizer from a folder, or from the hub by name; options as for the constructor.
 
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        if tokenizer.pad_token is None:  # as of many language models; what stands in the padding is masked
-            tokenizer.pad_token = tokenizer.eos_token
-        return cls(AutoModel.from_pretrained(path), tokenizer, **options)
+        Raises ValueError where there is no such folder and the hub does not give it.
+        """
+        return cls._from_folder(find_folder("embedder", path, ask_hub=True), options)
 
     @classmethod
-    def from_config(cls, config: EmbedderConfig, source: str | None = None) -> TextEmbedder:
-        """Loads the encoder from its name or path, or from `source` in its place.
+    def from_config(
+        cls, config: EmbedderConfig, source: str | None = None, *, directory: str | os.PathLike[str] = "."
+    ) -> TextEmbedder:
+        """Loads the encoder that a file in `directory` describes, from what it names, or from `source` in its place.
 
-        Raises ValueError where its width or its weights are not those the policy was trained with.
+        The hub is asked for `source` only, the name that the user gives. Raises ValueError where there is none, and
+        where its width or its weights are not those the policy was trained with.
         """
-        embedder = cls.from_pretrained(
-            source or config.name_or_path,
-            pooling=config.pooling,
-            template=config.template,
-            normalize=config.normalize,
-            max_tokens=config.max_tokens,
+        name = source or recall(config.name_or_path, directory)
+        revision = config.revision if name == config.name_or_path else None
+        embedder = cls._from_folder(
+            find_folder("embedder", name, ask_hub=source is not None, revision=revision),
+            {name: getattr(config, name) for name in ("pooling", "template", "normalize", "max_tokens")},
         )
         embedder.check(config)
         return embedder
+
+    @classmethod
+    def _from_folder(cls, folder: Path, options: dict[str, Any]) -> TextEmbedder:
+        from transformers import AutoModel
+
+        tokenizer = load_tokenizer(folder)
+        if tokenizer.pad_token is None:  # as of many language models; what stands in the padding is masked
+            tokenizer.pad_token = tokenizer.eos_token
+        return cls(load_model(AutoModel, folder), tokenizer, **options)
 
     def check(self, config: EmbedderConfig) -> None:
         """Raises ValueError unless this embedder computes what `config` describes, name and path aside."""
@@ -126,7 +143,7 @@ class TextEmbedder:
             want, have = getattr(config, name), getattr(self.config, name)
             if want != have:
                 raise ValueError(f"embedder: expected {name} {want!r}, as the policy was trained with, got {have!r}")
-        if not same_fingerprint(config.fingerprint, self.config.fingerprint):
+        if not same_fingerprint(self.config.fingerprint, config.fingerprint):
             raise ValueError(f"embedder: expected the weights of {config.name_or_path!r}, got others")
 
     @property
