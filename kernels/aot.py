@@ -2,6 +2,7 @@
 
     python -m fssa_fast.kernels.aot                   # compile everything, write aot.json beside this file
     python -m fssa_fast.kernels.aot --check PATTERN   # compile what matches, say what is worse than the table
+    python -m fssa_fast.kernels.aot --kinds CHIP      # compile one launch of every kernel, say what cannot run
 
 The kernels' own launchers are called with tensors that have shapes and no memory, and their launches recorded: what is
 compiled is what a launch would compile. Each is asked for its registers, spilled bytes, shared memory, tensor-core
@@ -226,6 +227,15 @@ def all_launches() -> dict[str, Launch]:
     return named
 
 
+def kinds() -> list[str]:
+    """A launch of every kernel, the first in bfloat16, as `all_launches` names it."""
+    found: dict[str, str] = {}
+    for name, launch in all_launches().items():
+        if "/bfloat16/" in name:
+            found.setdefault(launch.kernel.__name__, name)
+    return list(found.values())
+
+
 # ---------------------------------------------------------------- what comes out
 
 
@@ -327,8 +337,13 @@ def main() -> int:
     parser.add_argument(
         "--check", metavar="PATTERN", nargs="+", help="compare with the table, as chip/case/dtype/kernel"
     )
-    patterns = parser.parse_args().check
-    keys = [f"{chip}/{name}" for chip in TARGETS for name in all_launches()]
+    parser.add_argument("--kinds", metavar="CHIP", choices=TARGETS, help="one launch of every kernel, for one chip")
+    arguments = parser.parse_args()
+    patterns = arguments.check
+    if arguments.kinds:
+        keys = [f"{arguments.kinds}/{name}" for name in kinds()]
+    else:
+        keys = [f"{chip}/{name}" for chip in TARGETS for name in all_launches()]
     known = table() if patterns else {}
     faults = [f"{key}: in the table or launched, not both" for key in known.keys() ^ set(keys)] if patterns else []
     if patterns:
@@ -342,7 +357,7 @@ def main() -> int:
         print(key, *(f"{name} {value}" for name, value in row.items()), flush=True)
     for fault in faults:
         print(fault, file=sys.stderr)
-    if not patterns:
+    if not patterns and not arguments.kinds:
         lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(row)}" for key, row in rows.items())
         TABLE.write_text(f'{{"triton": "{triton.__version__}", "kernels": {{\n{lines}\n}}}}\n')
     print(f"{len(rows)} compiled, {len(faults)} faults")

@@ -40,7 +40,9 @@ def adapt_kernel(
         if (tile >= 0) & (tile < tiles):
             n = tile * COLUMNS + tl.arange(0, COLUMNS)
             total = tl.zeros([ROWS, COLUMNS], tl.float32)
-            for part in tl.static_range(STARTS[i], STARTS[i + 1]):
+            FIRST: tl.constexpr = STARTS[i]  # older Tritons take an element of a tuple for a number met at run time
+            LAST: tl.constexpr = STARTS[i + 1]
+            for part in tl.static_range(FIRST, LAST):
                 gamma_rows = gamma_ptrs[part] + slot * gamma_strides[part]
                 beta_rows = beta_ptrs[part] + slot * beta_strides[part]
                 for start in range(0, ranks[part], RANKS):
