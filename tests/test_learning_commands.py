@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,13 @@ from tiny import make_model, make_tokenizer
 from typer.testing import CliRunner
 
 from fssa_fast import SteerablePolicy, cli
-from fssa_fast.data.choices import held_out_examples
+from fssa_fast.data.choices import ChoiceData, Example, held_out_examples
 from fssa_fast.data.files import Choice, choice_data, read_choices, write_choices
-from fssa_fast.evaluation.linear import HierarchicalLogit
+from fssa_fast.evaluation.linear import HierarchicalLogit, UserLogits
 from fssa_fast.evaluation.questions import ask, expected_information
 from fssa_fast.nn import NPBTL, RewardModel
 from fssa_fast.training.runs import read_run
-from fssa_fast.training.scores import Scores, interval, score, truncate
+from fssa_fast.training.scores import Floats, Scores, interval, score, truncate
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -140,7 +141,8 @@ def test_questions_that_tell_users_apart_come_first(people: Path, tmp_path: Path
 
 
 def test_scores_by_hand() -> None:
-    scores = Scores(np.array([7, 7, 9]), [np.array([0.9, 0.2]), np.array([0.5]), np.array([0.6, 0.8, 0.7, 0.4])])
+    found = [np.array([0.9, 0.2]), np.array([0.5]), np.array([0.6, 0.8, 0.7, 0.4])]
+    scores = Scores(np.repeat([7, 7, 9], [2, 1, 4]), found)
     assert scores.accuracies.tolist() == [0.5, 0.75] and scores.accuracy == 0.625
     one = (-np.log([0.9, 0.2]).mean() - np.log(0.5)) / 2
     two = -np.log([0.6, 0.8, 0.7, 0.4]).mean()
@@ -149,6 +151,40 @@ def test_scores_by_hand() -> None:
     assert perfect.calibration_error == pytest.approx(0) and perfect.calibration() == [(0.75, 0.75, 4)]
     mean, low, high = interval([np.array([0.0, 1.0] * 50), np.array([1.0] * 100)])
     assert mean == 0.75 and 0.68 < low < 0.73 and 0.77 < high < 0.82
+
+
+def test_overlapping_draws_are_no_independent_units() -> None:
+    """An interval over draws that share their pairs would be far too narrow: pairs are drawn again, not draws."""
+    rng = np.random.default_rng(0)
+    right = rng.random(40) < 0.6  # a predictor that knows some pairs and not others
+    options = torch.zeros(80, 1)
+    pairs = np.arange(80).reshape(40, 2)
+    data = ChoiceData(options, np.arange(80) // 2, ("one",), (pairs,))
+    examples = [Example(0, pairs[:0], pairs[rng.permutation(40)[:30]][:, ::order]) for order in [1, -1] * 200]
+
+    def predict(_: ChoiceData, given: Sequence[Example]) -> list[Floats]:
+        return [np.where(right[e.targets.min(1) // 2], 0.9, 0.1) for e in given]
+
+    by_pair, by_draw = (score(predict, data, examples, unit=unit) for unit in ("pair", "example"))
+    assert by_pair.accuracies.tolist() == right.astype(float).tolist()  # both orders of a pair are one unit
+    assert by_pair.accuracy == pytest.approx(by_draw.accuracy, abs=0.01)
+    widths = [high - low for _, low, high in (interval([scores.accuracies]) for scores in (by_pair, by_draw))]
+    assert widths[0] == pytest.approx(4 * (right.std() / 40**0.5), rel=0.1) and widths[1] < widths[0] / 5
+
+
+def test_a_logit_a_user_and_bayes_over_them() -> None:
+    rng = np.random.default_rng(0)
+    options = torch.from_numpy(rng.standard_normal((200, 3)).astype(np.float32))
+    pairs = rng.permutation(200).reshape(100, 2)
+    first = np.where((options[pairs[:, 0], 0] > options[pairs[:, 1], 0]).numpy()[:, None], pairs, pairs[:, ::-1])
+    data = ChoiceData(options, np.arange(200), ("up", "down"), (first, first[:, ::-1].copy()))
+    model = UserLogits(data.of_users([0, 1]), data)
+    torch.testing.assert_close(model.weights[0], -model.weights[1])
+    unknown, known, other = model.predict(
+        data, [Example(0, first[:0], first[50:]), Example(0, first[:5], first[50:]), Example(1, first[:5], first[50:])]
+    )
+    assert unknown == pytest.approx(np.full(50, 0.5)) and (known > 0.5).all() and (known == other).all()
+
 
 
 def test_the_linear_model_finds_linear_people(people: Path) -> None:

@@ -62,6 +62,7 @@ def test_the_command_writes_what_it_prints(tmp_path: Path, monkeypatch: pytest.M
         mean, low, high = cells["10"]
         assert low is None or low <= mean <= high
     assert "| Bayes optimum | 76.55 |" in done.output
+    assert "log-loss, nats" in done.output and "expected calibration error" in done.output
 
 
 @pytest.mark.parametrize(
@@ -71,6 +72,7 @@ def test_the_command_writes_what_it_prints(tmp_path: Path, monkeypatch: pytest.M
         (["synthetic", "--data", "x"], "--data: expected none"),
         (["synthetic", "--base", "x"], "--base: expected no"),
         (["policy", "--data", "x"], "--base: expected a base"),
+        (["hh", "--data", "x", "--conversation", "y"], "--conversation: expected none for hh"),
     ],
 )
 def test_what_a_result_needs_is_named(arguments: list[str], message: str) -> None:
@@ -99,6 +101,11 @@ def test_real_people(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert linear[-1] > 0.7 and linear[-1] > linear[0]
     against = [line for line in found["checks"] if people.LINEAR in line]
     assert len(against) == 4 and all("NOT above" in line for line in against)
+    loss, error = found["tables"][1:3]
+    assert "log-loss" in loss.title and "calibration" in error.title
+    for figures in (loss, error):
+        assert set(figures.rows) == set(table.rows) and figures.columns == table.columns == ["0", "1", "3", "5", "8"]
+    assert loss.rows[people.LINEAR][-1].mean < loss.rows[people.LINEAR][0].mean
     assert found["settings"][0]["choices given, mean"][0] == 0
     run = read_run(tmp_path / "runs" / "stated-choice-train-np-btl-0-0")
     assert run["split seed"] == 0 and run["status"] == "finished"

@@ -17,6 +17,7 @@ def reproduce(
     json: Annotated[Path | None, typer.Option(help="Where to write all figures, as JSON.")] = None,
     runs: Annotated[Path | None, typer.Option(help="Where run directories go; none is kept else.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Training steps, to try things out.")] = None,
+    conversation: Annotated[str | None, typer.Option(help="Which of Polis' conversations; bowling-green else.")] = None,
     base: Annotated[Path | None, typer.Option(help="The base model's directory, for policies.")] = None,
 ) -> None:
     """Reproduce a result: train, evaluate, and print its table."""
@@ -27,6 +28,8 @@ def reproduce(
         raise ValueError(f"--data: {need} for {name}, got {data}")
     if (base is None) == (name == "policy"):
         raise ValueError(f"--base: expected {'a' if base is None else 'no'} base model's directory for {name}")
+    if conversation is not None and name != "polis":
+        raise ValueError(f"--conversation: expected none for {name}, got {conversation}")
     directory = data or Path()  # there is one where it is used
     options: dict[str, Any] = {"seeds": range(seeds), "steps": steps}
     if name == "synthetic":
@@ -44,7 +47,7 @@ def reproduce(
     else:
         from fssa_fast.reproduce.people import reproduce as run_people
 
-        found = run_people(name, data=directory, runs=runs, **options)
+        found = run_people(name, data=directory, runs=runs, conversation=conversation, **options)
     for table in found["tables"]:
         typer.echo(table.markdown() + "\n")
     for line in found["checks"]:

@@ -1,4 +1,4 @@
-"""The linear baseline: a hierarchical logit, every user's weights a draw from one normal distribution."""
+"""Linear baselines: a hierarchical logit, every user's weights a draw from one distribution; and a logit a user."""
 
 from __future__ import annotations
 
@@ -130,6 +130,58 @@ class HierarchicalLogit:
                 utility[option] = float(features[option] @ weights + rng.gumbel())
             choices.append(_answers(asked, data.groups, utility))
         return ChoiceData(data.options, data.groups, tuple(f"simulated/{i}" for i in range(count)), tuple(choices))
+
+
+class UserLogits:
+    """A logistic regression for each training user, and Bayes over whose of them somebody's choices are.
+
+    For few users who are the same in training and test, such as two criteria. The penalty on the weights is the one of
+    a grid that predicts the validation users' choices best.
+    """
+
+    PENALTIES = (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)
+
+    def __init__(self, train: ChoiceData, validation: ChoiceData) -> None:
+        own, held_out = self._differences(train), self._differences(validation)
+        self.scale = 1 / float(own[0].std())
+
+        def loss(weights: Tensor) -> float:
+            terms = [-F.logsigmoid(self.scale * d @ w).mean() for d, w in zip(held_out, weights, strict=True)]
+            return float(sum(terms))
+
+        fitted = [torch.stack([self._fit(self.scale * d, penalty) for d in own]) for penalty in self.PENALTIES]
+        self.weights = min(fitted, key=loss)
+
+    @staticmethod
+    def _differences(data: ChoiceData) -> list[Tensor]:
+        options = data.options.double()
+        return [options[torch.from_numpy(own[:, 0])] - options[torch.from_numpy(own[:, 1])] for own in data.choices]
+
+    @staticmethod
+    def _fit(differences: Tensor, penalty: float, steps: int = 50) -> Tensor:
+        """Newton's method; the loss is convex."""
+        weights = differences.new_zeros(differences.shape[1])
+        eye = penalty * torch.eye(len(weights), dtype=weights.dtype)
+        for _ in range(steps):
+            p = torch.sigmoid(differences @ weights)
+            gradient = differences.T @ (1 - p) - penalty * weights
+            step = torch.linalg.solve((differences * (p * (1 - p))[:, None]).T @ differences + eye, gradient)
+            weights = weights + step
+            if float(step.abs().max()) < 1e-9:
+                break
+        return weights
+
+    def predict(self, data: ChoiceData, examples: Sequence[Example]) -> list[Floats]:
+        """A `Predictor`: the users' predictions, each weighted by how likely the context is his."""
+        logits = self.scale * data.options.double() @ self.weights.T  # [options, users]
+        found = []
+        for example in examples:
+            context, targets = (
+                F.logsigmoid(logits[torch.from_numpy(pairs[:, 0])] - logits[torch.from_numpy(pairs[:, 1])])
+                for pairs in (example.context, example.targets)
+            )
+            found.append((targets + torch.log_softmax(context.sum(0), 0)).exp().sum(1).numpy())
+        return found
 
 
 def _answers(asked: Indices, groups: Indices, utility: dict[int, float]) -> Indices:

@@ -71,8 +71,8 @@ def question_curve(
     for count in counts:
         chosen = [replace(e, context=order[:count]) for e, order in zip(examples, asked, strict=True)]
         drawn = [replace(e, context=e.context[:count]) for e in examples]
-        active[count] = score(predict, data, chosen, by_example=True)
-        random[count] = score(predict, data, drawn, by_example=True)
+        active[count] = score(predict, data, chosen, unit="example")
+        random[count] = score(predict, data, drawn, unit="example")
     return active, random
 
 

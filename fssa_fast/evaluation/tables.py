@@ -7,6 +7,10 @@ import io
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
+from fssa_fast.training.scores import Scores, interval
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -60,3 +64,21 @@ class Table:
             for name, cells in self.rows.items()
         }
         return {"title": self.title, "columns": self.columns, "mean, low, high": rows}
+
+
+Measured = dict[str, dict[int, list[Scores]]]
+"""Of each model, by number of choices given, the scores of each run."""
+
+
+def tables_of(title: str, measured: Measured, *, digits: int = 1) -> list[Table]:
+    """Accuracy, log-loss and calibration of the same predictions, by choices given; intervals over scores' units."""
+    columns = [str(count) for count in next(iter(measured.values()))]
+    accuracy = Table(f"{title}: held-out choices predicted, %, by choices given", columns, digits=digits)
+    loss = Table(f"{title}: log-loss, nats (even odds: 0.693), by choices given", columns, scale=1, digits=3)
+    error = Table(f"{title}: expected calibration error, %, by choices given", columns)
+    for model, by_count in measured.items():
+        runs = list(by_count.values())
+        accuracy.rows[model] = [Cell(*interval([scores.accuracies for scores in own])) for own in runs]
+        loss.rows[model] = [Cell(*interval([scores.losses for scores in own])) for own in runs]
+        error.rows[model] = [Cell(float(np.mean([scores.calibration_error for scores in own]))) for own in runs]
+    return [accuracy, loss, error]

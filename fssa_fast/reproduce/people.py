@@ -13,13 +13,14 @@ import numpy as np
 import torch
 
 from fssa_fast.data.choices import ChoiceData, Example, held_out_examples
-from fssa_fast.data.people import Parts, helpful_harmless, polis, stated_choice
-from fssa_fast.evaluation.linear import HierarchicalLogit
-from fssa_fast.evaluation.tables import Cell, Table
+from fssa_fast.data.people import CONVERSATION, Parts, helpful_harmless, polis, stated_choice
+from fssa_fast.evaluation.linear import HierarchicalLogit, UserLogits
+from fssa_fast.evaluation.tables import Cell, Measured, Table, tables_of
 from fssa_fast.training.fit import ExamplesConfig, RewardConfig, fit_reward
-from fssa_fast.training.scores import Floats, Predictor, interval, model_predictor, score, truncate
+from fssa_fast.training.scores import Floats, Predictor, Unit, interval, model_predictor, score, truncate
 
 LINEAR = "linear (hierarchical logit)"
+SIGNS = "linear (a logit a criterion, and Bayes over them)"
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Task:
     """One data set: how it is loaded, measured and fitted."""
 
     title: str
-    load: Callable[[Path, int], Parts]
+    load: Callable[[Path, int, str | None], Parts]  # from directory, seed, and conversation
     counts: tuple[int, ...]
     training: dict[str, Any]
     examples: ExamplesConfig
@@ -39,7 +40,7 @@ class Task:
     members: int = 1  # models whose probabilities are averaged
     repeats: int = 4  # draws of context and targets a test user
     share: float = 0.6  # of a test user's groups, for the context
-    by_example: bool = False
+    unit: Unit = "user"  # of the intervals
 
 
 PANEL: dict[str, Any] = {
@@ -61,7 +62,7 @@ TASKS: dict[str, tuple[Task, ...]] = {
     "polis": (
         Task(
             "Polis, bowling-green, contested pairs",
-            lambda directory, seed: polis(directory, seed=seed),
+            lambda directory, seed, name: polis(directory, seed=seed, conversation=name or CONVERSATION),
             (0, 1, 3, 5, 10, 20),
             TEXT,
             ExamplesConfig(20, 16),
@@ -71,7 +72,7 @@ TASKS: dict[str, tuple[Task, ...]] = {
     "stated-choice": (
         Task(
             "Stated choice, train",
-            lambda directory, seed: stated_choice(directory, "train", seed=seed),
+            lambda directory, seed, _: stated_choice(directory, "train", seed=seed),
             (0, 1, 3, 5, 8),
             PANEL,
             ExamplesConfig(8, 8),
@@ -79,7 +80,7 @@ TASKS: dict[str, tuple[Task, ...]] = {
         ),
         Task(
             "Stated choice, electricity",
-            lambda directory, seed: stated_choice(directory, "electricity", seed=seed),
+            lambda directory, seed, _: stated_choice(directory, "electricity", seed=seed),
             (0, 1, 3, 5, 10, 18),
             PANEL,
             ExamplesConfig(18, 8),
@@ -89,7 +90,7 @@ TASKS: dict[str, tuple[Task, ...]] = {
     "hh": (
         Task(
             "Helpful and harmless, conflicting pairs",
-            lambda directory, seed: helpful_harmless(directory, seed=seed),
+            lambda directory, seed, _: helpful_harmless(directory, seed=seed),
             (0, 1, 3, 5, 10),
             {**TEXT, "embedding_noise": 0.3, "max_steps": 400, "eval_steps": 50},
             ExamplesConfig(30, 32),
@@ -97,7 +98,7 @@ TASKS: dict[str, tuple[Task, ...]] = {
             pooling="mean",  # a latent then says who the user is, and not how many choices were given
             compress=32,
             repeats=200,
-            by_example=True,
+            unit="pair",
         ),
     ),
 }
@@ -110,29 +111,38 @@ def reproduce(
     seeds: Sequence[int],
     runs: str | os.PathLike[str] | None = None,
     steps: int | None = None,
+    conversation: str | None = None,
 ) -> dict[str, Any]:
     """Trains every model with every seed, which also draws the split, and measures on what is held out.
 
     Args:
         data: the data set's directory. runs: where run directories go; None keeps none.
         steps: of each training, where not the usual number.
+        conversation: which one of Polis'; None takes bowling-green's.
     """
     found: dict[str, Any] = {"tables": [], "checks": [], "settings": []}
     for task in TASKS[name]:
-        _reproduce(task, Path(data), seeds, runs, steps, found)
+        if conversation is not None:
+            task = replace(task, title=f"Polis, {conversation}, contested pairs")
+        _reproduce(task, Path(data), seeds, runs, steps, conversation, found)
     return found
 
 
 def _reproduce(
-    task: Task, data: Path, seeds: Sequence[int], runs: Any, steps: int | None, found: dict[str, Any]
+    task: Task,
+    data: Path,
+    seeds: Sequence[int],
+    runs: Any,
+    steps: int | None,
+    conversation: str | None,
+    found: dict[str, Any],
 ) -> None:
-    accuracies: dict[str, dict[int, list[Floats]]] = {}
+    measured: Measured = {}
     criteria: dict[str, list[Floats]] = {}
-    errors: dict[str, list[float]] = {}
     given: list[Floats] = []
     with tempfile.TemporaryDirectory() as scratch:
         for seed in seeds:
-            parts = compress(task.load(data, seed), task.compress)
+            parts = compress(task.load(data, seed, conversation), task.compress)
             examples = held_out_examples(
                 parts[2], max_context=max(task.counts), repeats=task.repeats, share=task.share, seed=seed
             )
@@ -140,17 +150,18 @@ def _reproduce(
             predictors = _fit(task, parts, Path(runs or scratch), seed, steps)
             for model, predict in predictors.items():
                 for count in task.counts:
-                    scores = score(predict, parts[2], truncate(examples, count), by_example=task.by_example)
-                    accuracies.setdefault(model, {}).setdefault(count, []).append(scores.accuracies)
-                errors.setdefault(model, []).append(scores.calibration_error)
-                if task.by_example:  # the last count's, for each of the few users
+                    scores = score(predict, parts[2], truncate(examples, count), unit=task.unit)
+                    measured.setdefault(model, {}).setdefault(count, []).append(scores)
+                if task.unit == "pair":  # the most choices', for each of the few users
                     for user, label in enumerate(parts[2].users):
-                        mine = [a for a, e in zip(scores.accuracies, examples, strict=True) if e.user == user]
-                        criteria.setdefault(f"{model}: {label}", []).append(np.array(mine))
-    table = Table(f"{task.title}: held-out choices predicted, %, by choices given", [str(k) for k in task.counts])
-    for model, by_count in accuracies.items():
-        table.rows[model] = [Cell(*interval(by_count[count])) for count in task.counts]
-    found["tables"].append(table)
+                        mine = [e for e in truncate(examples, max(task.counts)) if e.user == user]
+                        own = score(predict, parts[2], mine, unit="pair").accuracies
+                        criteria.setdefault(f"{model}: {label}", []).append(own)
+    found["tables"] += tables_of(task.title, measured)
+    accuracies = {
+        model: {count: [scores.accuracies for scores in own] for count, own in by_count.items()}
+        for model, by_count in measured.items()
+    }
     if criteria:
         by_user = Table(f"{task.title}: by criterion, after {max(task.counts)} choices", ["accuracy"])
         by_user.rows = {label: [Cell(*interval(values))] for label, values in criteria.items()}
@@ -174,7 +185,6 @@ def _reproduce(
     found["settings"].append({
         "task": task.title,
         "choices given, mean": dict(zip(task.counts, np.mean(given, 0).round(2).tolist(), strict=True)),
-        "calibration error at the most choices": {m: float(np.mean(e)) for m, e in errors.items()},
         "training": task.training,
     })  # fmt: skip
 
@@ -200,6 +210,8 @@ def _fit(task: Task, parts: Parts, runs: Path, seed: int, steps: int | None) -> 
         "NP-BTL": (RewardConfig(latent_width=width, pooling=task.pooling), {}, taught),
     }  # fmt: skip
     found: dict[str, Predictor] = {LINEAR: linear.predict}
+    if task.unit == "pair":  # the users of training and test are the same
+        found[SIGNS] = UserLogits(train, validation).predict
     for name, (config, extra, data) in models.items():
         members = [
             fit_reward(

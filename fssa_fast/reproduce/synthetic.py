@@ -12,7 +12,7 @@ from typing import Any
 from fssa_fast.data.choices import ChoiceData, held_out_examples
 from fssa_fast.data.synthetic import bayes_optimum, disagreement, synthetic
 from fssa_fast.evaluation.questions import advantage, question_curve
-from fssa_fast.evaluation.tables import Cell, Table
+from fssa_fast.evaluation.tables import Cell, Measured, Table, tables_of
 from fssa_fast.nn import NPBTL, RewardModel
 from fssa_fast.training.fit import ExamplesConfig, RewardConfig, fit_reward
 from fssa_fast.training.scores import interval, model_predictor, score, truncate
@@ -49,14 +49,13 @@ def reproduce(
     examples = held_out_examples(test, max_context=max(COUNTS), max_targets=20, repeats=REPEATS)
     p = disagreement(test)
     optimum = [bayes_optimum(p, count) for count in COUNTS]
-    table = Table("Synthetic task: unseen pairs predicted, %, by choices given", [str(k) for k in COUNTS], digits=2)
+    measured: Measured = {}
     seconds: dict[str, list[float]] = {}
     per_seed: dict[str, list[list[float]]] = {}
     last: dict[str, RewardModel] = {}
     questions: list[Table] = []
     with tempfile.TemporaryDirectory() as scratch:
         for name, (config, training) in (models or MODELS).items():
-            accuracies: dict[int, list[Any]] = {count: [] for count in COUNTS}
             for seed in seeds:
                 directory = Path(runs or scratch) / f"{name.lower().replace(', ', '-').replace(' ', '-')}-{seed}"
                 settings = {**SHARED, **training, "disable_tqdm": True}
@@ -71,10 +70,10 @@ def reproduce(
                 last[name] = model
                 for count in COUNTS:
                     predict = model_predictor(model, samples=64)
-                    scores = score(predict, test, truncate(examples, count), by_example=True)
-                    accuracies[count].append(scores.accuracies)
-            table.rows[name] = [Cell(*interval(accuracies[count])) for count in COUNTS]
-            per_seed[name] = [[float(accuracies[c][i].mean()) for c in COUNTS] for i in range(len(seeds))]
+                    scores = score(predict, test, truncate(examples, count), unit="example")
+                    measured.setdefault(name, {}).setdefault(count, []).append(scores)
+            per_seed[name] = [[measured[name][count][i].accuracy for count in COUNTS] for i in range(len(seeds))]
+    table, *others = tables_of("Synthetic task", measured, digits=2)
     table.rows["Bayes optimum"] = [Cell(value) for value in optimum]
     if SAMPLED in last:
         questions = _questions(last[SAMPLED], test, seeds[-1])
@@ -85,7 +84,12 @@ def reproduce(
         if name.startswith("NP")
         for count, cell, best in zip(COUNTS, cells, optimum, strict=True)
     ]
-    return {"tables": [table, *questions], "checks": checks, "per seed": per_seed, "seconds of each training": seconds}
+    return {
+        "tables": [table, *others, *questions],
+        "checks": checks,
+        "per seed": per_seed,
+        "seconds of each training": seconds,
+    }
 
 
 def _questions(model: RewardModel, test: ChoiceData, seed: int) -> list[Table]:

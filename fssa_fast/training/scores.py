@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -19,20 +20,22 @@ Predictor = Callable[[ChoiceData, Sequence[Example]], list[Floats]]
 
 @dataclass(frozen=True)
 class Scores:
-    """Predictions for held-out examples: probabilities of the options chosen, [P] an example, and whose they are."""
+    """Predictions for held-out examples: probabilities of the options chosen, [P] an example, and the unit of each
+    prediction, [N] in all: what intervals are drawn over. Every example counts once."""
 
     units: NDArray[np.int64]
     probabilities: list[Floats]
 
-    def _by_unit(self, of_example: Callable[[Floats], float]) -> Floats:
-        values = np.array([of_example(p) for p in self.probabilities])
+    def _by_unit(self, of_predictions: Callable[[Floats], Floats]) -> Floats:
+        values = of_predictions(np.concatenate(self.probabilities))
+        weights = np.concatenate([np.full(len(p), 1 / len(p)) for p in self.probabilities])
         _, where = np.unique(self.units, return_inverse=True)
-        return np.bincount(where, values) / np.bincount(where)
+        return np.bincount(where, values * weights) / np.bincount(where, weights)
 
     @property
     def accuracies(self) -> Floats:
         """Of each unit, the share of choices predicted rightly; one predicted with even odds counts a half."""
-        return self._by_unit(lambda p: float(((p > 0.5) + 0.5 * (p == 0.5)).mean()))
+        return self._by_unit(lambda p: (p > 0.5) + 0.5 * (p == 0.5))
 
     @property
     def accuracy(self) -> float:
@@ -42,7 +45,12 @@ class Scores:
     @property
     def nll(self) -> float:
         """Mean over units of minus the log-probability of a choice, in nats."""
-        return float(self._by_unit(lambda p: float(-np.log(np.maximum(p, 1e-300)).mean())).mean())
+        return float(self.losses.mean())
+
+    @property
+    def losses(self) -> Floats:
+        """Of each unit, the mean of minus the log-probability of a choice, in nats; even odds lose 0.693."""
+        return self._by_unit(lambda p: -np.log(np.maximum(p, 1e-300)))
 
     def calibration(self, bins: int = 10) -> list[tuple[float, float, int]]:
         """Of predictions in equal bins of the odds-on option's probability, 0.5 to 1: mean stated, share right, how
@@ -68,10 +76,22 @@ def truncate(examples: Sequence[Example], count: int) -> list[Example]:
     return [replace(example, context=example.context[:count]) for example in examples]
 
 
-def score(predict: Predictor, data: ChoiceData, examples: Sequence[Example], *, by_example: bool = False) -> Scores:
-    """Scores of a predictor on examples. The unit is the user, or the example where there are few users."""
-    units = range(len(examples)) if by_example else (example.user for example in examples)
-    return Scores(np.fromiter(units, dtype=np.int64), predict(data, examples))
+Unit = Literal["user", "example", "pair"]
+
+
+def score(predict: Predictor, data: ChoiceData, examples: Sequence[Example], *, unit: Unit = "user") -> Scores:
+    """Scores of a predictor on examples.
+
+    unit: what is drawn independently of each other. The user; where there are few users the example, if examples have
+    little in common; else the pair of options: draws that share their pairs are no independent ones.
+    """
+    if unit == "pair":
+        pairs = np.sort(np.concatenate([example.targets for example in examples]), 1)
+        units = np.unique(pairs, axis=0, return_inverse=True)[1].reshape(-1)
+    else:
+        of_example = [i if unit == "example" else example.user for i, example in enumerate(examples)]
+        units = np.repeat(of_example, [len(example.targets) for example in examples])
+    return Scores(units.astype(np.int64), predict(data, examples))
 
 
 def model_predictor(model: RewardModel, *, samples: int = 64, seed: int = 0, batch: int = 256) -> Predictor:
