@@ -5,19 +5,24 @@ from __future__ import annotations
 import os
 import random
 import signal
-import sqlite3
 import threading
 from pathlib import Path
 
 import pytest
 import torch
+from databases import Sqlite
 from tiny import EOS, LATENT, WIDTH, make_choices, make_ids, make_model, make_policy
 
 from fssa_fast import BASE, PRIOR, BankFull, Choice, SteerablePolicy, UnknownUser
 from fssa_fast.nn import ContextEncoder
-from fssa_fast.users import SqliteStore, StoreConflict, StoredUsers, StoreError
+from fssa_fast.users import StoreConflict, StoredUsers, StoreError
 from fssa_fast.users.growing import GrowingContext
 from fssa_fast.users.store import Change, Option, StoredUser
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Sqlite:
+    return Sqlite(tmp_path)
 
 
 def option(seed: int, text: str | None = None) -> Option:
@@ -29,9 +34,9 @@ def stored(name: str, version: int = 1, strength: float = 1.0) -> StoredUser:
     return StoredUser(name, version, strength, torch.randn(LATENT, generator=draw).bfloat16())
 
 
-def at_rest(path: Path, capacity: int = 4, **options: object) -> tuple[SteerablePolicy, StoredUsers]:
+def at_rest(database: Sqlite, capacity: int = 4, **options: object) -> tuple[SteerablePolicy, StoredUsers]:
     policy = make_policy(capacity=capacity)
-    return policy, policy.use_store(path, **options)
+    return policy, policy.use_store(database.where, **options)
 
 
 def row(policy: SteerablePolicy, name: str) -> torch.Tensor:
@@ -41,14 +46,14 @@ def row(policy: SteerablePolicy, name: str) -> torch.Tensor:
 # ---------------------------------------------------------------- the database
 
 
-def test_what_is_put_is_there(tmp_path):
-    store = SqliteStore(tmp_path / "users.db")
+def test_what_is_put_is_there(database):
+    store = database.open()
     pair, other = (option(1, "yes"), option(2)), (option(3), option(1, "yes"))
     (stamp,) = store.put([Change(stored("a", 1, 0.5), [pair], True)])
     assert store.stamp("a") == stamp and len(store) == 1
     store.put([Change(stored("a", 2), [other])])
     store.close()
-    store = SqliteStore(tmp_path / "users.db")
+    store = database.open()
     found = store.get("a")
     assert (found.name, found.version, found.strength, found.choices) == ("a", 2, 1.0, 2)
     assert torch.equal(found.latent, stored("a", 2).latent) and found.stamp != stamp
@@ -60,11 +65,11 @@ def test_what_is_put_is_there(tmp_path):
     assert store.put([Change(stored("a"))])[0] != stamp  # the name again, but never the stamp
 
 
-def test_options_are_kept_once_and_go_with_their_last_user(tmp_path):
-    store = SqliteStore(tmp_path / "users.db")
+def test_options_are_kept_once_and_go_with_their_last_user(database):
+    store = database.open()
 
     def options() -> int:
-        return store._db.execute("SELECT count(*) FROM options").fetchone()[0]
+        return database.sql("SELECT count(*) FROM {options}")[0][0]
 
     store.put([Change(stored(name), [(option(1), option(2)), (option(3), option(1))], True) for name in "ab"])
     assert options() == 3
@@ -78,100 +83,34 @@ def test_options_are_kept_once_and_go_with_their_last_user(tmp_path):
     assert options() == 0
 
 
-def test_changes_are_whole_or_not_at_all(tmp_path):
-    store = SqliteStore(tmp_path / "users.db")
+def test_changes_are_whole_or_not_at_all(database):
+    store = database.open()
     store.put([Change(stored("a"), [(option(1), option(2))], True)])
-    before = list(store._db.iterdump())
+
+    def content() -> list[list[tuple]]:
+        return [database.sql("SELECT * FROM {" + table + "} ORDER BY 1") for table in ("users", "options", "encoders")]
+
+    before = content()
     for change in (Change(stored("a")), Change(stored("a", 3)), Change(stored("c", 2))):
         with pytest.raises(StoreConflict, match="expected version"):
             store.put([Change(stored("b"), [(option(5), option(6))], True), change])
-    assert [line for line in store._db.iterdump() if "sqlite_sequence" not in line] == [
-        line for line in before if "sqlite_sequence" not in line
-    ]
+    assert content() == before
 
 
-def test_names_page_by_page(tmp_path):
-    store = SqliteStore(tmp_path / "users.db")
+def test_names_page_by_page(database):
+    store = database.open()
     names = sorted(f"user{i}" for i in range(2345))
     store.put([Change(stored(name)) for name in names])
     assert list(store.names()) == names and len(store) == 2345
 
 
-def test_a_user_of_ten_choices_fits_in_a_kilobyte_at_rest(tmp_path):
-    """H = 256, ten choices between options that are shared; the options' embeddings are not a user's."""
-    store = SqliteStore(tmp_path / "users.db")
-    options, draw = [option(seed) for seed in range(100)], random.Random(0)
-    changes = [
-        Change(
-            StoredUser(f"user-{draw.getrandbits(48)}", 1, 1.0, torch.randn(256).bfloat16()),
-            [tuple(draw.sample(options, 2)) for _ in range(10)],
-            True,
-        )
-        for _ in range(2000)
-    ]
-    store.put(changes)
-    store.close()
-    assert (tmp_path / "users.db").stat().st_size < 1000 * 2000
-
-
-@pytest.mark.parametrize("content", [b"no database at all" * 100, None])
-def test_files_that_are_no_store(tmp_path, content):
-    path = tmp_path / "users.db"
-    if content is None:
-        with sqlite3.connect(path) as db:
-            db.execute("CREATE TABLE notes (text)")
-    else:
-        path.write_bytes(content)
-    with pytest.raises(StoreError, match="users.db: (file is not a database|expected a user store)"):
-        SqliteStore(path)
-
-
-def test_a_newer_version_and_a_missing_folder(tmp_path):
-    SqliteStore(tmp_path / "users.db").close()
-    with sqlite3.connect(tmp_path / "users.db") as db:
-        db.execute("PRAGMA user_version = 2")
-    with pytest.raises(StoreError, match="expected format version 1 or older, got 2"):
-        SqliteStore(tmp_path / "users.db")
-    with pytest.raises(StoreError, match="unable to open"):
-        SqliteStore(tmp_path / "nowhere" / "users.db")
-
-
-def test_damage_is_named_and_a_closed_store_too(tmp_path):
-    store = SqliteStore(tmp_path / "users.db")
-    store.put([Change(stored("a"), [(option(1), option(2))], True)])
-    store._db.execute("DELETE FROM options")
-    with pytest.raises(StoreError, match="refers to option"):
-        store.choices("a")
-    store.close()
-    with pytest.raises(StoreError, match="closed"):
-        store.get("a")
-
-
-def test_a_full_disk_changes_nothing(tmp_path):
-    policy, users = at_rest(tmp_path / "users.db")
-    users.add("a", make_choices(1))
-    before, version = row(policy, "a"), users["a"].version
-    db = users._at_rest._db
-    pages = db.execute("PRAGMA page_count").fetchone()[0]
-    db.execute(f"PRAGMA max_page_count = {pages}")
-    with pytest.raises(StoreError, match="full"):
-        for seed in range(200):
-            users.add(f"more{seed}", make_choices(seed, 20))
-    with pytest.raises(StoreError, match="full"):
-        users.add_choices("a", make_choices(3, 200))
-    assert users["a"].version == version and torch.equal(row(policy, "a"), before)
-    db.execute("PRAGMA max_page_count = 1000000")
-    assert users.add_choices("a", make_choices(3)).version == version + 1
-
-
-def test_a_killed_process_loses_nothing_that_was_committed(tmp_path):
-    path = tmp_path / "users.db"
-    SqliteStore(path).close()
+def test_a_killed_process_loses_nothing_that_was_committed(database):
+    database.open().close()
     read, write = os.pipe()
     child = os.fork()
     if not child:
         try:
-            store = SqliteStore(path)
+            store = database.open()
             for version in range(1, 100000):
                 store.put([Change(stored("a", version), [(option(version), option(-version))])])
                 os.write(write, b".")
@@ -186,10 +125,9 @@ def test_a_killed_process_loses_nothing_that_was_committed(tmp_path):
     while more := os.read(read, 65536):
         done += len(more)
     os.close(read)
-    store = SqliteStore(path)
+    store = database.open()
     found = store.get("a")
     assert done <= found.version <= done + 1 and len(store.choices("a")) == found.version
-    assert store._db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
 
 
 # ---------------------------------------------------------------- one choice more
@@ -221,13 +159,13 @@ def test_growing_is_encoding_all(pooling, inner, sampled):
 # ---------------------------------------------------------------- users over a store
 
 
-def test_users_outlive_the_process(tmp_path):
-    policy, users = at_rest(tmp_path / "users.db")
+def test_users_outlive_the_process(database):
+    policy, users = at_rest(database)
     users.add_many({"a": make_choices(1), "b": []})
     users.add_choices("a", make_choices(2))
     users.scale("b", 0.5)
     rows = {name: row(policy, name) for name in users}
-    again, found = at_rest(tmp_path / "users.db")
+    again, found = at_rest(database)
     assert list(found) == ["a", "b"] and len(found) == 2 and "a" in found and "c" not in found
     assert found["a"].version == 2 and found["b"].strength == 0.5
     for name, want in rows.items():
@@ -241,8 +179,8 @@ def test_users_outlive_the_process(tmp_path):
     torch.testing.assert_close(0.5 * row(plain, "b"), row(again, "b"), rtol=2e-2, atol=2e-2)
 
 
-def test_additions_are_exact(tmp_path):
-    policy, users = at_rest(tmp_path / "users.db")
+def test_additions_are_exact(database):
+    policy, users = at_rest(database)
     choices = make_choices(1, 12)
     users.add("whole", choices)
     users.add("grown", choices[:3])
@@ -255,8 +193,8 @@ def test_additions_are_exact(tmp_path):
     torch.testing.assert_close(row(policy, "grown"), row(policy, "whole"), rtol=2e-2, atol=2e-2)
 
 
-def test_the_bank_is_a_cache(tmp_path):
-    policy, users = at_rest(tmp_path / "users.db", capacity=3)
+def test_the_bank_is_a_cache(database):
+    policy, users = at_rest(database, capacity=3)
     users.import_many({f"u{i}": make_choices(i) for i in range(10)})
     rows = {name: row(policy, name) for name in users}
     assert len({tuple(values.tolist()) for values in rows.values()}) == 10
@@ -275,8 +213,8 @@ def test_the_bank_is_a_cache(tmp_path):
         assert len(set(slots.tolist())) == 3
 
 
-def test_bad_changes_leave_store_and_bank_alone(tmp_path):
-    policy, users = at_rest(tmp_path / "users.db")
+def test_bad_changes_leave_store_and_bank_alone(database):
+    policy, users = at_rest(database)
     users.add("a", make_choices(1))
     before, free = row(policy, "a"), len(policy.bank._free)
     for change in (
@@ -291,7 +229,7 @@ def test_bad_changes_leave_store_and_bank_alone(tmp_path):
         lambda: users.add_choices("a", [Choice(torch.full((WIDTH,), 3e38), torch.zeros(WIDTH))]),
         lambda: users.scale("a", 3e38),
         lambda: users.scale("a", 1e300),
-        lambda: policy.use_store(tmp_path / "other.db"),
+        lambda: policy.use_store(database.where),
     ):
         with pytest.raises(ValueError):
             change()
@@ -301,9 +239,9 @@ def test_bad_changes_leave_store_and_bank_alone(tmp_path):
     assert users["a"].version == 1 and torch.equal(row(policy, "a"), before) and len(policy.bank._free) == free
 
 
-def test_blends_are_kept(tmp_path):
+def test_blends_are_kept(database):
     """As rows that a fetch gives again, and for others in the bank, within the rounding of a latent in bfloat16."""
-    policy, users = at_rest(tmp_path / "users.db")
+    policy, users = at_rest(database)
     users.add("a", make_choices(1))
     users.scale("a", 0.5)
     users.add("b", make_choices(2))
@@ -314,7 +252,7 @@ def test_blends_are_kept(tmp_path):
         torch.testing.assert_close(row(policy, name), blend, rtol=1e-2, atol=1e-2 * float(blend.abs().max()))
     assert not row(policy, "base").any()
     rows = {name: row(policy, name) for name in ("mix", "less")}
-    again, found = at_rest(tmp_path / "users.db")
+    again, found = at_rest(database)
     assert sorted(found) == ["a", "b", "base", "less", "mix"]
     assert all(torch.equal(row(again, name), kept) for name, kept in rows.items())
     found.interpolate("mixed", {"mix": 0.5, "b": 0.5})
@@ -324,8 +262,8 @@ def test_blends_are_kept(tmp_path):
         found.interpolate("c", {"nobody": 1.0})
 
 
-def test_latents_alone(tmp_path):
-    policy, users = at_rest(tmp_path / "users.db", keep_choices=False)
+def test_latents_alone(database):
+    policy, users = at_rest(database, keep_choices=False)
     users.add("a", make_choices(1))
     with pytest.raises(ValueError, match="choices were kept"):
         users.add_choices("a", make_choices(2))
@@ -334,23 +272,23 @@ def test_latents_alone(tmp_path):
     assert users.update("a", make_choices(2)).version == 2 and users.scale("a", 2.0).version == 3
 
 
-def test_another_encoder_is_refused_until_refreshed(tmp_path):
-    policy, users = at_rest(tmp_path / "users.db")
+def test_another_encoder_is_refused_until_refreshed(database):
+    policy, users = at_rest(database)
     users.add("a", make_choices(1))
     old = row(policy, "a")
     other = make_policy(seed=9)
     with pytest.raises(StoreError, match="encode all users again"):
-        other.use_store(tmp_path / "users.db")
-    found = other.use_store(tmp_path / "users.db", refresh=True)
+        other.use_store(database.where)
+    found = other.use_store(database.where, refresh=True)
     assert found["a"].version == 2 and not torch.equal(row(other, "a"), old)
     fresh = make_policy(seed=9)
     fresh.users.add("a", make_choices(1))
     torch.testing.assert_close(row(other, "a"), row(fresh, "a"), rtol=2e-2, atol=2e-2)
 
 
-def test_two_processes_do_not_overwrite_each_other(tmp_path):
-    _, one = at_rest(tmp_path / "users.db")
-    _, two = at_rest(tmp_path / "users.db")
+def test_two_processes_do_not_overwrite_each_other(database):
+    _, one = at_rest(database)
+    _, two = at_rest(database)
     one.add("a", [])
     two.add_choices("a", make_choices(1))
     assert one["a"].version == 2
@@ -358,8 +296,8 @@ def test_two_processes_do_not_overwrite_each_other(tmp_path):
     assert two["a"].version == 3 and len(two.choices("a")) == 6
 
 
-def test_many_threads(tmp_path):
-    policy, users = at_rest(tmp_path / "users.db", capacity=4)
+def test_many_threads(database):
+    policy, users = at_rest(database, capacity=4)
     users.import_many({f"u{i}": make_choices(i) for i in range(8)})
     rows, failures = {name: row(policy, name) for name in users}, []
 

@@ -296,7 +296,7 @@ def test_unknown_and_unfit_users_change_nothing() -> None:
         lambda: policy.users.remove(BASE),
         lambda: policy.users.update(PRIOR, []),
     ):
-        with pytest.raises(UnknownUser, match="expected BASE, PRIOR or one of a, mix; got "):
+        with pytest.raises(UnknownUser, match="expected BASE, PRIOR or one that has been added, got "):
             change()
     for change in (
         lambda: policy.users.add_choices("mix", make_choices(1)),

@@ -42,7 +42,7 @@ def choice_of(where: str, found: Any) -> Choice:
     try:
         sides = [side if isinstance(side, str) else torch.tensor(side).float() for side in _sides(found)]
         return Choice(sides[0], sides[1], found.get("prompt", ""))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # the last two: of numbers, and of nesting
         raise ValueError(f"{where}: {error}") from error
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -68,7 +70,9 @@ def export(
     """Write all users with their choices, for `fssa users import`."""
     at_rest = _open(store)
     part = output.with_name(output.name + ".part")
-    with part.open("w", encoding="utf-8") as file, _bar(len(at_rest)) as bar:
+    part.unlink(missing_ok=True)
+    mine = os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)  # what users chose is the owner's alone
+    with open(mine, "w", encoding="utf-8") as file, _bar(len(at_rest)) as bar:
         for name in at_rest.names():
             user, choices = at_rest.get(name), at_rest.choices(name)
             if user is not None:
@@ -88,27 +92,39 @@ def import_(
     embedder: Embedder = None,
 ) -> None:
     """Add users, encoded anew. Broken off, it goes on where it was: users who are there are left as they are."""
-    lines = [(where, line) for where, line in read_objects(input)]
-    batches = [_named(lines[start : start + 256]) for start in range(0, len(lines), 256)]
+    listed = _named(input)
     users = _users(policy, base, embedder, store)
-    with _bar(len(lines)) as bar:
-        for choices, strengths in batches:
-            new = {name: own for name, own in choices.items() if name not in users}
-            users.import_many(new, strengths)
-            bar.update(len(choices))
+    with _bar(len(listed)) as bar:
+        names = iter(listed)
+        while batch := list(itertools.islice(names, 256)):
+            new = [name for name in batch if name not in users]
+            users.import_many({name: listed[name][0] for name in new}, {name: listed[name][1] for name in new})
+            bar.update(len(batch))
     typer.echo(f"{store}: {len(users)} users")
 
 
-def _named(lines: list[tuple[str, dict[str, Any]]]) -> tuple[dict[str, list[Choice]], dict[str, float]]:
-    choices: dict[str, list[Choice]] = {}
-    strengths: dict[str, float] = {}
-    for where, line in lines:
+def _named(input: Path) -> dict[str, tuple[list[Choice], float]]:
+    """Users by name: choices and strength. Raises ValueError, with file and line, for what cannot be added."""
+    from fssa_fast.users.limits import check_choices, check_name, finite
+
+    found: dict[str, tuple[list[Choice], float]] = {}
+    first: dict[str, str] = {}
+    for where, line in read_objects(input):
         check_keys(where, line, {"name", "choices"}, {"strength"})
-        if not isinstance(line["choices"], list):
-            raise ValueError(f"{where}: expected a list of choices, got {line['choices']!r:.80}")
-        choices[line["name"]] = [choice_of(where, choice) for choice in line["choices"]]
-        strengths[line["name"]] = line.get("strength", 1.0)
-    return choices, strengths
+        name, listed, strength = line["name"], line["choices"], line.get("strength", 1.0)
+        if not isinstance(listed, list):
+            raise ValueError(f"{where}: expected a list of choices, got {listed!r:.80}")
+        choices = [choice_of(where, choice) for choice in listed]
+        try:
+            check_name(name)
+            check_choices(choices)
+            strength = finite("strength", strength)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        if name in found:
+            raise ValueError(f"{where}: expected every user once, got {name!r} again, after {first[name]}")
+        found[name], first[name] = (choices, strength), where
+    return found
 
 
 def _users(policy: Path, base: str | None, embedder: str | None, store: Path) -> StoredUsers:

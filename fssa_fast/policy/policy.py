@@ -169,16 +169,15 @@ class SteerablePolicy(nn.Module):
             [modulations, modulations.new_ones(len(latents), self.layout.width - self.layout.modulated)], 1
         )
 
-    @torch.no_grad()
     def strengthen(self, strength: float) -> None:
-        """Multiplies everyone's modulations by `strength`, for good; the users in the bank follow.
+        """Multiplies everyone's modulations by `strength`, for good; the users in the bank follow, or nothing changes.
 
         What a user's answers gain by steering grows as the strength, what all answers lose in likelihood as its square:
         a policy that was trained hard often follows its users better at half of its strength.
+        Raises ValueError for a strength, or rows, that are not finite; BankFull where running generations leave no slot
+        for a row that they read.
         """
-        self.modulator.weight.mul_(strength)
-        self.modulator.bias.mul_(strength)
-        self.users.refresh()
+        self.users.strengthen(strength)
 
     def forward(self, *args: Any, rows: Tensor | None = None, slots: Tensor | None = None, **kwargs: Any) -> Any:
         """The base model's forward, steered.

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-BASE_SLOT, PRIOR_SLOT, RESERVED = 0, 1, 2
+BASE_SLOT, PRIOR_SLOT, RESERVED = 0, 1, 2  # PRIOR_SLOT at the beginning: see Bank.prior
 
 
 class BankFull(RuntimeError):
@@ -42,6 +42,7 @@ class Bank:
         self._pins: dict[int, int] = {}
         self._released: set[int] = set()
         self._lock = threading.Lock()
+        self.prior = PRIOR_SLOT  # where the empty context's row is: it moves when it changes while somebody reads it
         self.evict: Callable[[], bool] | None = None  # releases a slot that is not needed now; False: there is none
 
     @property
@@ -71,22 +72,27 @@ class Bank:
     @contextmanager
     def take(self, count: int = 1) -> Iterator[list[int]]:
         """Reserves slots, and gives them back where the block raises. Raises BankFull where fewer are free."""
-        while self.evict is not None and len(self._free) < count <= self.capacity and self.evict():
-            pass
-        with self._lock:
-            if len(self._free) < count:
+        # What one thread evicts another may take before it: there is no room only when nothing is left to evict.
+        more = True
+        while (slots := self._reserve(count)) is None:
+            if not more:
                 used = self.capacity - len(self._free)
                 raise BankFull(
                     f"users: expected room for {count} in a bank of {self.capacity}, got {used} slots in use; remove "
                     "users, wait for generations to end, or make the policy with a larger capacity"
                 )
-            slots = [self._free.pop() for _ in range(count)]
+            more = self.evict is not None and count <= self.capacity and self.evict()
         try:
             yield slots
         except BaseException:
             for slot in slots:
                 self.release(slot)
             raise
+
+    def _reserve(self, count: int) -> list[int] | None:
+        """So many free slots, or None where there are fewer."""
+        with self._lock:
+            return [self._free.pop() for _ in range(count)] if len(self._free) >= count else None
 
     def release(self, slot: int) -> None:
         """Gives a slot back, at once or when its last pin is gone."""

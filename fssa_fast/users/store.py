@@ -1,7 +1,8 @@
 """Users at rest: an interface that any database can implement.
 
-A user at rest is a name, a version, a strength, a latent in bfloat16, and the choices, each two options. Options are
-kept once however many users chose between them, and go with the last user that refers to them.
+A user at rest is a name, a version, a strength, a latent in bfloat16 with the encoder that made it, and the choices,
+each two options. Options are kept once however many users chose between them, and go with the last user that refers to
+them.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ Choices = Sequence[tuple[Option, Option]]
 class StoredUser:
     """A user at rest, but for the choices. latent: bfloat16 [H].
 
+    encoder: the fingerprint of the one that made the latent; "" where it is not known.
     choices: how many there are, or None where they are not kept. stamp: tells this version of this user from every
     other that ever was; both are given by the store.
     """
@@ -54,6 +56,7 @@ class StoredUser:
     version: int
     strength: float
     latent: Tensor
+    encoder: str = ""
     choices: int | None = 0
     stamp: Stamp = (0, 0)
 
@@ -70,14 +73,14 @@ class Change:
 class UserStore(Protocol):
     """Where users are at rest. Every call is one transaction; all methods may be called from any thread.
 
-    All raise StoreError where the database fails.
+    Reading does not wait for those who write. All raise StoreError where the database fails or is damaged.
     """
 
     def about(self) -> dict[str, str]:
-        """What the store says of itself: which encoder made its latents."""
+        """What the store says of itself: its "encoder", and towards which one a refresh is under way ("refreshing")."""
 
-    def set_about(self, values: Mapping[str, str]) -> None:
-        """Changes what `about` says."""
+    def set_about(self, values: Mapping[str, str | None]) -> None:
+        """Changes what `about` says; None takes a word back."""
 
     def get(self, name: str) -> StoredUser | None:
         """A user, or None."""
@@ -91,14 +94,21 @@ class UserStore(Protocol):
     def put(self, changes: Sequence[Change]) -> list[Stamp]:
         """Writes users, all or none: version 1 adds one, a later one changes the version before it.
 
-        Raises StoreConflict where a new user's name is taken, or the version before is not the one there.
+        Choices that are replaced are forgotten as by `remove`. Raises StoreConflict where a new user's name is taken,
+        or the version before is not the one there.
         """
 
     def remove(self, name: str) -> bool:
-        """Forgets a user, with the options that nobody else refers to; False where there is none."""
+        """Forgets a user, with the options that nobody else refers to; False where there is none.
 
-    def names(self) -> Iterator[str]:
-        """All names, in order; those added or removed meanwhile may be among them or not."""
+        Raises StoreError where the user is removed, but older copies could not be erased: it says so.
+        """
+
+    def names(self, *, not_by: str | None = None) -> Iterator[str]:
+        """All names, in order; those added or removed meanwhile may be among them or not.
+
+        not_by: only of users whose latents that encoder has not made.
+        """
 
     def __len__(self) -> int:
         """How many users there are."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -18,8 +20,9 @@ from torch import Tensor
 from fssa_fast.nn import ContextEncoder
 from fssa_fast.users.choices import Choice
 from fssa_fast.users.growing import GrowingContext
-from fssa_fast.users.store import Change, Choices, Option, Stamp, StoredUser, StoreError, UserStore
-from fssa_fast.users.users import BASE, PRIOR, Steerer, UnknownUser, User, Users, _finite, packed
+from fssa_fast.users.limits import check_name, finite
+from fssa_fast.users.store import Change, Choices, Option, Stamp, StoreConflict, StoredUser, StoreError, UserStore
+from fssa_fast.users.users import BASE, PRIOR, Steerer, UnknownUser, User, Users, packed
 
 
 class StoredUsers(Users):
@@ -31,11 +34,20 @@ class StoredUsers(Users):
     processes are seen at the next request. A row is made from the latent as it is at rest, in bfloat16, so that it is
     the same, bit for bit, however often the user is fetched.
 
+    A latent at rest carries the encoder that made it, and one of another encoder is never served: while a refresh is
+    under way, here or in another process, such a user is encoded from the choices when asked for.
+
+    Nobody who asks for a user waits for a change under way: no lock of this object is held while the database is
+    written, nor while texts are embedded.
+
     Args:
         keep_choices: False keeps latents alone, half a kilobyte a user; choices can then not be added later.
+        refresh: encode all users again where the store is another encoder's.
 
-    Raises: StoreError where the store's latents are another encoder's (`refresh=True` encodes all users again); and
-        from every method, where the database fails.
+    A refresh of this policy's encoder that was broken off goes on when the store is opened.
+
+    Raises: StoreError where the store is another encoder's, or a refresh towards another one's has not ended; and from
+        every method, where the database fails, or the encoder's weights have changed without `refresh`.
     """
 
     GROWING = 64  # users whose encoder state is kept, the last to be given choices
@@ -45,12 +57,22 @@ class StoredUsers(Users):
         self._at_rest, self._keep_choices = store, keep_choices
         self._stamps: dict[str, Stamp] = {}
         self._growing: OrderedDict[str, tuple[Stamp, GrowingContext]] = OrderedDict()
-        known, own = store.about().get("encoder"), _fingerprint(policy.encoder)
-        if refresh:
+        # Changes of one user, one after the other; one lock for many users, so that there is nothing to clear away.
+        self._changes = [threading.RLock() for _ in range(64)]
+        self._again = 0  # how often all rows have been written again
+        self._fingerprint, self._weights = _fingerprint(policy.encoder), _versions(policy.encoder)
+        about = store.about()
+        known, towards = about.get("encoder"), about.get("refreshing")
+        if refresh or towards == self._fingerprint:
             self.refresh()
+        elif towards is not None:
+            raise StoreError(
+                "store: expected one that is not being encoded again, got one that is, for another policy's encoder; "
+                "opened with that policy it goes on; refresh=True encodes all users again for this one"
+            )
         elif known is None:
-            store.set_about({"encoder": own})
-        elif known != own:
+            store.set_about({"encoder": self._fingerprint})
+        elif known != self._fingerprint:
             raise StoreError(
                 "store: expected latents of this policy's encoder, got another's; encode all users again "
                 "with refresh=True"
@@ -68,27 +90,15 @@ class StoredUsers(Users):
         return isinstance(name, str) and self._at_rest.stamp(name) is not None
 
     def __getitem__(self, name: str) -> User:
-        with self._lock:
-            stamp = self._at_rest.stamp(name)
-            if stamp is None:
-                self._forget(name)
-                raise UnknownUser(f"user: expected BASE, PRIOR or one that the store has, got {name!r}")
-            user = self._users.get(name)
-            if user is None or self._stamps[name] != stamp:
-                stored = self._stored(name)
-                with self._policy.bank.take() as (slot,):
-                    self._fill(slot, stored)
-                return self._keep(stored, slot)
-            self._users[name] = self._users.pop(name)  # now the last to leave
+        with self._fetched(name) as user:
             return user
 
     def choices(self, name: str) -> Choices:
         """A user's choices. Raises ValueError where they were not kept; UnknownUser."""
-        with self._lock:
-            self._stored(name)
-            choices = self._at_rest.choices(name)
+        self._stored(name)
+        choices = self._at_rest.choices(name)
         if choices is None:
-            raise ValueError(f"user: expected one whose choices were kept, got {name!r}")
+            raise _not_kept(name)
         for pair in choices:
             for option in pair:
                 if len(option.embedding) != self._width:
@@ -101,49 +111,55 @@ class StoredUsers(Users):
 
     def add_many(self, users: Mapping[str, Sequence[Choice]]) -> list[User]:
         """Adds several users and fetches them all: at most as many as the bank has room for; see `import_many`."""
-        with self._lock:
-            return self._commit(self._new(users))
+        return self._commit(self._new(users))
 
     def import_many(
         self, users: Mapping[str, Sequence[Choice]], strengths: Mapping[str, float] = MappingProxyType({})
     ) -> None:
         """Adds any number of users, encoded together, all or none, without fetching them; strengths: 1 if not named."""
-        with self._lock:
-            new = self._new(users)
-            found = [_finite("strengths", strengths.get(change.user.name, 1.0)) for change in new]
-            self._at_rest.put(
-                [replace(c, user=replace(c.user, strength=one)) for c, one in zip(new, found, strict=True)]
-            )
+        found = {name: finite("strengths", strengths.get(name, 1.0)) for name in users}
+        self._at_rest.put([replace(c, user=replace(c.user, strength=found[c.user.name])) for c in self._new(users)])
 
     def update(self, name: str, choices: Sequence[Choice]) -> User:
         """Replaces a user's choices."""
-        with self._lock:
-            stored, known = self._stored(name), self._options(choices)
-            (latent,) = self._encode([_pairs(known, self._width)])
-            return self._commit([self._changed(stored, self._kept(known), True, latent=_at_rest(latent))])[0]
+        self._stored(name)  # one that is not there is found out before anything is embedded
+        known = self._options(choices)
+        (latent,), encoder = self._encode([_pairs(known, self._width)])
+        with self._changing(name):
+            stored, kept = self._stored(name), self._kept(known)
+            return self._commit([self._changed(stored, kept, True, latent=_at_rest(latent), encoder=encoder)])[0]
 
     def add_choices(self, name: str, choices: Sequence[Choice]) -> User:
         """Adds to a user's choices: exactly, and in O(K H) for each where some have been added lately.
 
         Raises ValueError for a user whose choices were not kept.
         """
-        with self._lock:
-            stored, new = self._stored(name), self._options(choices)
-            stamp, growing = self._growing.pop(name, (None, None))
+        if self._stored(name).choices is None:
+            raise _not_kept(name)
+        new = self._options(choices)
+        with self._changing(name):
+            stored, encoder = self._stored(name), self._encoder()
+            with self._lock:
+                stamp, growing = self._growing.pop(name, (None, None))
             if growing is None or stamp != stored.stamp:
                 growing = GrowingContext(self._policy.encoder)
                 growing.append(_pairs(self.choices(name), self._width))
             growing.append(_pairs(new, self._width))
-            (user,) = self._commit([self._changed(stored, new, latent=_at_rest(_finite_latents(growing.latent())))])
-            self._growing[name] = self._stamps[name], growing
-            while len(self._growing) > self.GROWING:
-                self._growing.popitem(last=False)
+            latent = _at_rest(_finite_latents(growing.latent()))
+            again = self._again
+            (user,) = self._commit([self._changed(stored, new, latent=latent, encoder=encoder)])
+            with self._lock:
+                if again == self._again and name in self._stamps:
+                    self._growing[name] = self._stamps[name], growing
+                while len(self._growing) > self.GROWING:
+                    self._growing.popitem(last=False)
             return user
 
     def scale(self, name: str, strength: float) -> User:
         """Sets how strongly a user steers: 0 is the base model, 1 as encoded, beyond 1 exaggerates."""
-        with self._lock:
-            return self._commit([self._changed(self._stored(name), strength=_finite("strength", strength))])[0]
+        strength = finite("strength", strength)
+        with self._changing(name):
+            return self._commit([self._changed(self._current(name), strength=strength)])[0]
 
     def interpolate(self, name: str, weights: Mapping[str, float]) -> User:
         """Adds a user whose row is the weighted sum of others' (BASE and PRIOR too) as they are now.
@@ -151,48 +167,57 @@ class StoredUsers(Users):
         At rest it is the latent and the strength that give this row, but for the latent's rounding, and no choices.
         Raises ValueError for weights that with the users' strengths add up to 0, where the row is no latent's.
         """
-        with self._lock:
-            self._check_free(name)
-            if not weights:
-                raise ValueError("weights: expected at least one user, got none")
-            strength, latent = 0.0, torch.zeros(self._policy.encoder.latent_width, dtype=torch.float64)
-            for other, weight in weights.items():
-                share = _finite("weights", weight)
-                if other == BASE:
-                    continue
-                if other == PRIOR:
-                    (own,) = self._encode([torch.empty(0, 2, self._width)])
-                else:
-                    stored = self._stored(other)
-                    own, share = stored.latent, share * stored.strength
-                strength += share
-                latent += share * own.detach().cpu().double()
-            if strength:
-                latent = _finite_latents(latent / strength)
-            elif latent.any():
-                raise ValueError(f"weights: expected ones that with strengths do not add up to 0, got {dict(weights)}")
-            return self._commit([Change(StoredUser(name, 1, strength, _at_rest(latent)), None, True)])[0]
+        self._check_free(name)
+        if not weights:
+            raise ValueError("weights: expected at least one user, got none")
+        strength, latent = 0.0, torch.zeros(self._policy.encoder.latent_width, dtype=torch.float64)
+        (prior,), encoder = self._encode([self._no_pairs()])
+        for other, weight in weights.items():
+            share = finite("weights", weight)
+            if other == BASE:
+                continue
+            if other == PRIOR:
+                own = prior
+            else:
+                stored = self._current(other)
+                own, share = stored.latent, share * stored.strength
+            strength += share
+            latent += share * own.detach().cpu().double()
+        if strength:
+            latent = _finite_latents(latent / strength)
+        elif latent.any():
+            raise ValueError(f"weights: expected ones that with strengths do not add up to 0, got {dict(weights)}")
+        return self._commit([Change(StoredUser(name, 1, strength, _at_rest(latent), encoder), None, True)])[0]
 
     def remove(self, name: str) -> None:
-        """Forgets a user, here and in the store. Generations that serve it end as they began."""
-        with self._lock:
-            if not self._at_rest.remove(name):
-                raise UnknownUser(f"user: expected one that the store has, got {name!r}")
-            self._forget(name)
+        """Forgets a user, here and in the store. Generations that serve it end as they began.
+
+        Raises StoreError where the user is gone, but a reader of the database kept older copies of it: it says so.
+        """
+        with self._changing(name):
+            try:
+                known = self._at_rest.remove(name)
+            finally:
+                with self._lock:
+                    self._forget(name)
+                    self._growing.pop(name, None)
+            if not known:
+                raise _unknown(name)
 
     def refresh(self) -> None:
-        """Encodes every user of the store again, after the encoder has changed; those without choices are kept.
+        """Writes all rows again, after the encoder or the modulator has changed, and the store where it is behind.
 
-        In steps, each a transaction: broken off, it is begun again by the next call.
+        Rows whole or not at all, as `Users.refresh`. The store in steps, each a transaction: it says from the first on
+        towards which encoder, and, broken off, goes on at the next call, or when it is opened. Users without choices
+        cannot be encoded again: asked for, they raise StoreError until they are updated or removed.
         """
+        fingerprint, weights = _fingerprint(self._policy.encoder), _versions(self._policy.encoder)
         with self._lock:
-            names = self._at_rest.names()
-            while batch := list(itertools.islice(names, 256)):
-                self._encode_again(batch)
-            for name in list(self._users):
-                self._forget(name)
-            super().refresh()  # the prior's row
-            self._at_rest.set_about({"encoder": _fingerprint(self._policy.encoder)})
+            self._write_again()
+            self._fingerprint, self._weights = fingerprint, weights
+        about = self._at_rest.about()
+        if about.get("encoder") != fingerprint or "refreshing" in about:
+            self._encode_store_again(fingerprint)
 
     # ------------------------------------------------------------ inside
 
@@ -200,19 +225,86 @@ class StoredUsers(Users):
     def _width(self) -> int:
         return self._policy.encoder.embedding_width
 
+    def _encoder(self) -> str:
+        """The fingerprint of the policy's encoder, which nobody has changed since it was taken."""
+        encoder = self._policy.encoder
+        if (weights := _versions(encoder)) != self._weights:
+            if _fingerprint(encoder) != self._fingerprint:
+                raise StoreError(
+                    "store: expected the encoder's weights as they were when it was opened, got others; "
+                    "policy.users.refresh() encodes all users again"
+                )
+            self._weights = weights
+        return self._fingerprint
+
+    @contextmanager
+    def _changing(self, name: str) -> Iterator[None]:
+        """Nobody else in this process changes this user in the block; readers do not wait for it."""
+        with self._changes[hash(name) % len(self._changes)]:
+            yield
+
+    @contextmanager
+    def _at(self, name: str) -> Iterator[int]:
+        if name in (BASE, PRIOR):
+            with self._lock:
+                yield self._reserved(name)
+        else:
+            with self._fetched(name) as user:
+                yield user.slot
+
+    @contextmanager
+    def _fetched(self, name: str) -> Iterator[User]:
+        """A user as it is in the store, in the bank, and not evicted in the block."""
+        encoder, stamp = self._encoder(), self._at_rest.stamp(name)
+        if stamp is None:
+            with self._lock:
+                self._forget(name)
+            raise _unknown(name)
+        with self._lock:
+            user = self._users.get(name)
+            if user is not None and self._stamps[name] == stamp and encoder == self._fingerprint:
+                self._users[name] = self._users.pop(name)  # now the last to leave
+                yield user
+                return
+        while True:
+            stored = self._current(name)
+            with self._lock:
+                if stored.encoder == self._fingerprint:  # no refresh meanwhile
+                    with self._policy.bank.take() as (slot,):
+                        self._fill(slot, stored)
+                    yield self._keep(stored, slot)
+                    return
+
     def _stored(self, name: str) -> StoredUser:
         stored = self._at_rest.get(name)
         if stored is None:
-            raise UnknownUser(f"user: expected one that the store has, got {name!r}")
-        if len(stored.latent) != self._policy.encoder.latent_width:
-            raise StoreError(
-                f"store: expected latents of width {self._policy.encoder.latent_width}, got {len(stored.latent)} "
-                f"for {name!r}"
-            )
+            raise _unknown(name)
         return stored
 
+    def _current(self, name: str) -> StoredUser:
+        """A user with a latent of this policy's encoder: the one at rest, or one made now from the choices."""
+        encoder = self._encoder()
+        while True:
+            stored = self._stored(name)
+            if stored.encoder == encoder:
+                if len(stored.latent) != self._policy.encoder.latent_width:
+                    raise StoreError(
+                        f"store: expected latents of width {self._policy.encoder.latent_width}, "
+                        f"got {len(stored.latent)} for {name!r}"
+                    )
+                return stored
+            if stored.choices is None:
+                raise StoreError(
+                    f"store: expected a latent of this policy's encoder, got another's for {name!r}, whose choices are "
+                    "not kept; update or remove the user"
+                )
+            pairs = _pairs(self.choices(name), self._width)
+            if self._at_rest.stamp(name) == stored.stamp:  # the choices of this version
+                (latent,), encoder = self._encode([pairs])
+                return replace(stored, latent=_at_rest(latent), encoder=encoder)
+
     def _check_free(self, name: str) -> None:
-        self._check_new(name)
+        check_name(name)
         if name in self:
             raise ValueError(f"name: expected a new one, got {name!r}, which is taken; use update or add_choices")
 
@@ -220,9 +312,9 @@ class StoredUsers(Users):
         for name in users:
             self._check_free(name)
         known = [self._options(choices) for choices in users.values()]
-        latents = self._encode([_pairs(own, self._width) for own in known])
+        latents, encoder = self._encode([_pairs(own, self._width) for own in known])
         return [
-            Change(StoredUser(name, 1, 1.0, _at_rest(latent)), self._kept(own), True)
+            Change(StoredUser(name, 1, 1.0, _at_rest(latent), encoder), self._kept(own), True)
             for name, latent, own in zip(users, latents, known, strict=True)
         ]
 
@@ -245,33 +337,68 @@ class StoredUsers(Users):
         ]
 
     @torch.no_grad()
-    def _encode(self, pairs: Sequence[Tensor]) -> Tensor:
-        """Latents [U, H] of users' pairs; ValueError where they are not finite."""
+    def _encode(self, pairs: Sequence[Tensor]) -> tuple[Tensor, str]:
+        """Latents [U, H] of users' pairs, and the encoder that made them; ValueError where they are not finite."""
+        fingerprint = self._encoder()
         if not pairs:
-            return torch.empty(0)
+            return torch.empty(0), fingerprint
         encoder, weight = self._policy.encoder, self._policy.encoder.inner0.weight
-        return _finite_latents(encoder.latents(*packed(pairs, weight)))
+        return _finite_latents(encoder.latents(*packed(pairs, weight))), fingerprint
+
+    def _write_again(self) -> None:
+        self._rewrite([], and_prior=True)
+        for name in list(self._users):  # made again when they are asked for
+            self._forget(name)
+        self._growing.clear()
+        self._again += 1
+
+    def _encode_store_again(self, encoder: str) -> None:
+        self._at_rest.set_about({"refreshing": encoder})
+        names = self._at_rest.names(not_by=encoder)
+        while batch := list(itertools.islice(names, 256)):
+            if self._at_rest.about().get("refreshing") != encoder:
+                raise StoreError("store: expected to encode all users again alone, got another policy that does so too")
+            try:
+                self._encode_again(batch)
+            except StoreConflict:  # somebody has changed one of them, and it carries that one's encoder
+                for name in batch:
+                    with suppress(StoreConflict):
+                        self._encode_again([name])
+        self._at_rest.set_about({"encoder": encoder, "refreshing": None})
 
     def _encode_again(self, names: Sequence[str]) -> None:
         users, pairs = [], []
         for name in names:
             user, choices = self._at_rest.get(name), self._at_rest.choices(name)
-            if user is not None and choices is not None:
+            if user is not None and choices is not None and user.encoder != self._fingerprint:
                 users.append(user)
                 pairs.append(_pairs(choices, self._width))
-        latents = self._encode(pairs)
-        self._at_rest.put([self._changed(u, latent=_at_rest(z)) for u, z in zip(users, latents, strict=True)])
+        latents, encoder = self._encode(pairs)
+        self._at_rest.put(
+            [
+                self._changed(user, latent=_at_rest(latent), encoder=encoder)
+                for user, latent in zip(users, latents, strict=True)
+            ]
+        )
 
     def _commit(self, changes: Sequence[Change]) -> list[User]:
         """Writes users to the store, and their rows to the bank; neither where either fails."""
-        with self._policy.bank.take(len(changes)) as slots:
+        bank = self._policy.bank
+        with bank.take(len(changes)) as slots:
+            again = self._again
             for slot, change in zip(slots, changes, strict=True):
-                self._fill(slot, change.user)
-            stamps = self._at_rest.put(changes)
-        return [
-            self._keep(replace(change.user, stamp=stamp), slot)
-            for slot, change, stamp in zip(slots, changes, stamps, strict=True)
-        ]
+                with self._lock:
+                    self._fill(slot, change.user)
+            stamps = self._at_rest.put(changes)  # may wait for another process: nothing is locked here
+        with self._lock:
+            if again == self._again:
+                return [
+                    self._keep(replace(change.user, stamp=stamp), slot)
+                    for slot, change, stamp in zip(slots, changes, stamps, strict=True)
+                ]
+        for slot in slots:  # made of weights that are no longer the policy's
+            bank.release(slot)
+        return [self[change.user.name] for change in changes]
 
     @torch.no_grad()
     def _fill(self, slot: int, user: StoredUser) -> None:
@@ -286,8 +413,7 @@ class StoredUsers(Users):
     def _keep(self, stored: StoredUser, slot: int) -> User:
         """Makes a filled slot a user's."""
         self._forget(stored.name)
-        pairs = torch.empty(0, 2, self._width)
-        user = User(stored.name, slot, stored.version, pairs, stored.latent.float(), stored.strength)
+        user = User(stored.name, slot, stored.version, self._no_pairs(), stored.latent.float(), stored.strength)
         self._users[stored.name], self._stamps[stored.name] = user, stored.stamp
         return user
 
@@ -306,6 +432,14 @@ class StoredUsers(Users):
                     self._forget(name)
                     return True
             return False
+
+
+def _unknown(name: str) -> UnknownUser:
+    return UnknownUser(f"user: expected BASE, PRIOR or one that the store has, got {name!r}")
+
+
+def _not_kept(name: str) -> ValueError:
+    return ValueError(f"user: expected one whose choices were kept, got {name!r}")
 
 
 def _at_rest(latent: Tensor) -> Tensor:
@@ -330,3 +464,8 @@ def _fingerprint(encoder: ContextEncoder) -> str:
     for name, tensor in sorted(encoder.state_dict().items()):
         digest.update(name.encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _versions(encoder: ContextEncoder) -> list[tuple[int, int]]:
+    """Changes whenever the weights may have."""
+    return [(tensor.data_ptr(), tensor._version) for tensor in encoder.parameters()]

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from numbers import Real
 from typing import Protocol
 
 import torch
@@ -15,16 +13,15 @@ from torch import Tensor
 
 from fssa_fast.nn import ContextEncoder, Modulator
 from fssa_fast.ops import context_rows_
-from fssa_fast.users.bank import BASE_SLOT, PRIOR_SLOT, Bank
+from fssa_fast.users.bank import BASE_SLOT, Bank
 from fssa_fast.users.choices import Choice, embed_choices
 from fssa_fast.users.embedder import TextEmbedder
+from fssa_fast.users.limits import check_choices, check_name, finite
 
 BASE = "__base__"
 """The base model itself: no adapter, no modulation."""
 PRIOR = "__prior__"
 """The user of whom nothing is known: the empty context."""
-
-_RESERVED = {BASE: BASE_SLOT, PRIOR: PRIOR_SLOT}
 
 
 class UnknownUser(KeyError):
@@ -58,7 +55,9 @@ class User:
 class Users:
     """Adds, changes, blends and removes users. Every change is whole or not at all, and safe between threads.
 
-    A running generation keeps the row that it began with, whatever happens to its users meanwhile.
+    A running generation keeps the row that it began with, PRIOR's too, whatever happens to its users meanwhile. Texts
+    are embedded before anything is locked, so that nobody waits for another's. Names, texts and choices of a call have
+    limits: see `fssa_fast.users.limits`; what is beyond them raises ValueError.
     """
 
     def __init__(self, policy: Steerer) -> None:
@@ -79,8 +78,7 @@ class Users:
         try:
             return self._users[name]
         except KeyError:
-            known = ", ".join(list(self._users)[:8]) or "nobody"
-            raise UnknownUser(f"user: expected BASE, PRIOR or one of {known}; got {name!r}") from None
+            raise UnknownUser(f"user: expected BASE, PRIOR or one that has been added, got {name!r}") from None
 
     # ------------------------------------------------------------ from choices
 
@@ -90,28 +88,33 @@ class Users:
 
     def add_many(self, users: Mapping[str, Sequence[Choice]]) -> list[User]:
         """Adds several users, encoded together: one call from their choices to their rows."""
+        for name in users:
+            self._check_new(name)
+        pairs = [self._embed(choices) for choices in users.values()]
         with self._lock:
-            for name in users:
+            for name in users:  # one may have been taken meanwhile
                 self._check_new(name)
-            pairs = [self._embed(choices) for choices in users.values()]
+            rows, latents = self._rows(pairs, [1.0] * len(users))
             with self._policy.bank.take(len(users)) as slots:
-                latents = self._write(slots, pairs, [1.0] * len(users))
+                self._policy.bank.rows[slots] = rows
             for name, slot, own, latent in zip(users, slots, pairs, latents, strict=True):
                 self._users[name] = User(name, slot, 1, own, latent, 1.0)
             return [self._users[name] for name in users]
 
     def update(self, name: str, choices: Sequence[Choice]) -> User:
         """Replaces a user's choices."""
+        self[name]  # one that is not there is found out before anything is embedded
+        pairs = self._embed(choices)
         with self._lock:
-            return self._rewrite([replace(self[name], pairs=self._embed(choices))])[0]
+            return self._rewrite([replace(self[name], pairs=pairs)])[0]
 
     def add_choices(self, name: str, choices: Sequence[Choice]) -> User:
         """Adds to a user's choices. Raises ValueError for a blend, which has none of its own."""
+        self._check_grows(self[name])
+        pairs = self._embed(choices)
         with self._lock:
-            user = self[name]
-            if user.latent is None:
-                raise ValueError(f"user: expected one known by choices, got {name!r}, a blend of other users")
-            return self._rewrite([replace(user, pairs=torch.cat([user.pairs, self._embed(choices)]))])[0]
+            user = self._check_grows(self[name])
+            return self._rewrite([replace(user, pairs=torch.cat([user.pairs, pairs]))])[0]
 
     # ------------------------------------------------------------ from other users
 
@@ -127,16 +130,16 @@ class Users:
             row = self.blend(weights)
             with self._policy.bank.take() as (slot,):
                 self._policy.bank.rows[slot] = row
-            self._users[name] = User(name, slot, 1, self._embed([]), None, 1.0)
+            self._users[name] = User(name, slot, 1, self._no_pairs(), None, 1.0)
             return self._users[name]
 
     def blend(self, weights: Mapping[str, float]) -> Tensor:
         """The weighted sum [M] of users' rows. Raises ValueError for a weight, or a sum, that is not finite."""
         rows = self._policy.bank.rows
-        with self._lock:
-            row = torch.zeros_like(rows[0], dtype=torch.promote_types(rows.dtype, torch.float32))
-            for name, weight in weights.items():
-                row += _finite("weights", weight) * rows[self.slot(name)]
+        row = torch.zeros_like(rows[0], dtype=torch.promote_types(rows.dtype, torch.float32))
+        for name, weight in weights.items():
+            with self._at(name) as slot:
+                row += finite("weights", weight) * rows[slot]
         if not torch.isfinite(row.to(rows.dtype)).all():
             raise ValueError(f"weights: expected ones whose sum of rows is finite in {rows.dtype}, got {dict(weights)}")
         return row.to(rows.dtype)
@@ -145,7 +148,7 @@ class Users:
         """Sets how strongly a user steers: 0 is the base model, 1 as encoded, beyond 1 exaggerates."""
         with self._lock:
             user = self[name]
-            strength = _finite("strength", strength)
+            strength = finite("strength", strength)
             if user.latent is None:
                 raise ValueError(f"user: expected one known by choices, got {name!r}, a blend; give it other weights")
             return self._rewrite([replace(user, strength=strength)])[0]
@@ -160,9 +163,9 @@ class Users:
     # ------------------------------------------------------------ for a batch
 
     def slot(self, name: str) -> int:
-        """The slot of a user, of BASE, or of PRIOR."""
-        reserved = _RESERVED.get(name)
-        return self[name].slot if reserved is None else reserved
+        """The slot of a user, of BASE, or of PRIOR; it may be another one after the next change."""
+        with self._at(name) as slot:
+            return slot
 
     @contextmanager
     def slots(self, names: Sequence[str]) -> Iterator[Tensor]:
@@ -170,60 +173,114 @@ class Users:
         if isinstance(names, str) or not all(isinstance(name, str) for name in names):
             raise TypeError(f"users: expected a list of names, one a row, got {names!r}")
         with ExitStack() as pins:
-            with self._lock:
-                slots: list[int] = []
-                for name in names:  # pinned one by one: to fetch the next may evict those that are not
-                    slots.append(self.slot(name))
-                    pins.enter_context(self._policy.bank.pin(slots[-1:]))
-            yield torch.tensor(slots, dtype=torch.int32, device=self._policy.bank.rows.device)
+            found: dict[str, int] = {}
+            for name in names:  # pinned one by one: to fetch the next may evict those that are not
+                if name not in found:
+                    with self._at(name) as slot:
+                        pins.enter_context(self._policy.bank.pin([slot]))
+                    found[name] = slot
+            where = [found[name] for name in names]
+            yield torch.tensor(where, dtype=torch.int32, device=self._policy.bank.rows.device)
+
+    # ------------------------------------------------------------ after the weights have changed
 
     def refresh(self) -> None:
         """Writes the prior's row and every user's again, after the encoder or the modulator has changed.
 
-        Blends have no choices to be encoded again and keep their rows; the prior's changes for running generations too.
+        Whole or not at all, and never under a running generation: a row that somebody reads is left, and written in
+        another slot. Raises BankFull where there is none for it; ValueError for rows that are not finite. Blends have
+        no choices to be encoded again and keep their rows.
         """
         with self._lock:
-            self._rewrite([user for user in self._users.values() if user.latent is not None])
-            self._write([PRIOR_SLOT], [self._embed([])], [1.0])
+            self._write_again()
+
+    @torch.no_grad()
+    def strengthen(self, strength: float) -> None:
+        """Multiplies the modulator by `strength`, and writes the rows again: weights and rows, or neither."""
+        factor, modulator = finite("strength", strength), self._policy.modulator
+        with self._lock:
+            before = modulator.weight.clone(), modulator.bias.clone()
+            try:
+                modulator.weight.mul_(factor)
+                modulator.bias.mul_(factor)
+                self._write_again()
+            except BaseException:
+                modulator.weight.copy_(before[0])
+                modulator.bias.copy_(before[1])
+                raise
 
     # ------------------------------------------------------------ inside
 
     def _check_new(self, name: str) -> None:
-        if not isinstance(name, str) or not name or name.startswith("__"):
-            raise ValueError(f"name: expected a text that does not begin with two underscores, got {name!r}")
+        check_name(name)
         if name in self._users:
             raise ValueError(f"name: expected a new one, got {name!r}, which is taken; use update or add_choices")
 
+    @contextmanager
+    def _at(self, name: str) -> Iterator[int]:
+        """The slot of a user, of BASE, or of PRIOR, which stays that user's for the block."""
+        with self._lock:
+            yield self._reserved(name) if name in (BASE, PRIOR) else self[name].slot
+
+    def _reserved(self, name: str) -> int:
+        return BASE_SLOT if name == BASE else self._policy.bank.prior
+
+    @staticmethod
+    def _check_grows(user: User) -> User:
+        if user.latent is None:
+            raise ValueError(f"user: expected one known by choices, got {user.name!r}, a blend of other users")
+        return user
+
+    def _no_pairs(self) -> Tensor:
+        return torch.empty(0, 2, self._policy.encoder.embedding_width)
+
     def _embed(self, choices: Sequence[Choice]) -> Tensor:
+        if isinstance(choices, Sequence) and all(isinstance(choice, Choice) for choice in choices):
+            check_choices(choices)  # what is no sequence of choices is refused below
         return embed_choices(choices, self._policy.encoder.embedding_width, self._policy.embedder)
 
-    def _rewrite(self, users: Sequence[User]) -> list[User]:
-        """Gives users, with new pairs or strengths, their rows: in place, or in another slot where theirs is pinned."""
+    def _write_again(self) -> None:
+        """All rows, of the weights as they are now."""
+        self._rewrite([user for user in self._users.values() if user.latent is not None], and_prior=True)
+
+    def _rewrite(self, users: Sequence[User], and_prior: bool = False) -> list[User]:
+        """Gives users, with new pairs or strengths, their rows: in place, or in another slot where theirs is pinned.
+
+        The prior's row is the last where it is asked for. Nothing is written before all rows and slots are there.
+        """
         bank = self._policy.bank
-        pinned = [bank.pinned(user.slot) for user in users]
+        pairs, strengths = [user.pairs for user in users], [user.strength for user in users]
+        slots = [user.slot for user in users]
+        if and_prior:
+            pairs, strengths, slots = [*pairs, self._no_pairs()], [*strengths, 1.0], [*slots, bank.prior]
+        rows, latents = self._rows(pairs, strengths)
+        pinned = [bank.pinned(slot) for slot in slots]
         with bank.take(sum(pinned)) as taken:
             others = iter(taken)
-            slots = [next(others) if pin else user.slot for user, pin in zip(users, pinned, strict=True)]
-            latents = self._write(slots, [user.pairs for user in users], [user.strength for user in users])
+            new = [next(others) if pin else slot for slot, pin in zip(slots, pinned, strict=True)]
+            bank.rows[new] = rows
         changed = []
-        for user, slot, latent in zip(users, slots, latents, strict=True):
+        for user, slot, latent in zip(users, new, latents, strict=False):
             changed.append(replace(user, slot=slot, version=user.version + 1, latent=latent))
             self._users[user.name] = changed[-1]
-            if slot != user.slot:
-                bank.release(user.slot)
+        if and_prior:
+            bank.prior = new[-1]
+        for slot, pin in zip(slots, pinned, strict=True):
+            if pin:
+                bank.release(slot)
         return changed
 
     @torch.no_grad()
-    def _write(self, slots: list[int], pairs: list[Tensor], strengths: list[float]) -> list[Tensor]:
-        if not slots:
-            return []
+    def _rows(self, pairs: Sequence[Tensor], strengths: Sequence[float]) -> tuple[Tensor, list[Tensor]]:
+        """Rows [U, M] beside the bank, and latents on the CPU, of users' pairs. ValueError for rows not finite."""
         encoder, modulator, bank = self._policy.encoder, self._policy.modulator, self._policy.bank
         weight = modulator.weight
-        where = torch.tensor(slots, device=weight.device)
-        before = bank.rows[where]
+        rows = bank.rows.new_ones(len(pairs), bank.rows.shape[1])
+        if not pairs:
+            return rows, []
         latents = context_rows_(
-            bank.modulations,
-            where,
+            rows[:, : bank.modulated],
+            torch.arange(len(pairs), device=weight.device),
             *packed(pairs, weight),
             encoder.weights(),
             modulation=weight,
@@ -232,14 +289,12 @@ class Users:
             pooling=encoder.pooling,
             heads=encoder.heads,
         )
-        bank.strengths[where] = 1.0
-        bank.rows[where] *= torch.tensor(strengths, device=weight.device).to(before).unsqueeze(1)
-        if not torch.isfinite(bank.rows[where]).all():
-            bank.rows[where] = before
+        rows *= torch.tensor(strengths, device=weight.device).to(rows).unsqueeze(1)
+        if not torch.isfinite(rows).all():
             raise ValueError(
-                f"users: expected rows finite in {before.dtype}, got NaN or infinity from these choices or strengths"
+                f"users: expected rows finite in {rows.dtype}, got NaN or infinity from these choices or strengths"
             )
-        return list(latents.cpu())
+        return rows, list(latents.cpu())
 
 
 def packed(pairs: Sequence[Tensor], weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -247,10 +302,3 @@ def packed(pairs: Sequence[Tensor], weight: Tensor) -> tuple[Tensor, Tensor, Ten
     joined = torch.cat(list(pairs)).to(weight)
     offsets = torch.tensor([0, *(len(own) for own in pairs)]).cumsum(0)
     return joined, torch.zeros(len(joined), dtype=torch.long, device=weight.device), offsets
-
-
-def _finite(name: str, value: float) -> float:
-    largest = sys.float_info.max
-    if isinstance(value, bool) or not isinstance(value, Real) or not -largest <= value <= largest:
-        raise ValueError(f"{name}: expected a finite number, got {value!r}")
-    return float(value)
