@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_embedder import make_bert
 from tiny import make_model, make_tokenizer
 from typer.testing import CliRunner
@@ -237,7 +238,19 @@ def test_a_policy_is_trained_measured_and_compared(models: Path) -> None:
     run("train", "policy", config)
     policy = models / "policy"
     loaded = SteerablePolicy.from_pretrained(policy)
-    assert loaded.embedder is not None and read_run(policy)["status"] == "finished"
+    record = read_run(policy)
+    assert loaded.embedder is not None and record["status"] == "finished"
+    # Users not trained on say which weights are kept; two of them show how it writes.
+    evaluated = {entry["step"]: entry["eval_loss"] for entry in record["log"] if "eval_loss" in entry}
+    assert set(evaluated) == {15, 30} and sum("eval_accuracy" in entry for entry in record["log"]) == 2
+    assert record["kept"] == {"step": min(evaluated, key=evaluated.__getitem__), "eval_loss": min(evaluated.values())}
+    best = load_file(policy / f"checkpoint-{record['kept']['step']}" / "steering.safetensors")
+    assert all(torch.equal(tensor, best[name]) for name, tensor in load_file(policy / "steering.safetensors").items())
+    data = record["data"]
+    assert data["validation users"] and not set(data["validation users"]) & set(data["training users"])
+    samples = [json.loads(line) for line in (policy / "samples.jsonl").read_text().splitlines()]
+    shown = data["validation users"][:2]
+    assert [(line["step"], line["user"]) for line in samples] == [(step, user) for step in (15, 30) for user in shown]
     output = run("eval", policy, "--counts", "0,3", "--json", models / "eval.json")
     assert "implicit accuracy" in output
     share = json.loads((models / "eval.json").read_text())["tables"][0]["mean, low, high"]["implicit accuracy"]
@@ -258,6 +271,10 @@ def test_a_policy_is_trained_measured_and_compared(models: Path) -> None:
     run("train", "policy", config, "--set", "reward=judge", "--set", "output=second", "--set", "training.max_steps=2")
     opposed = ("examples.opposed=true", "examples.min_context=2", "modulation_mean=0.0", "training.max_steps=2")
     run("train", "policy", config, "--set", "output=third", *(part for each in opposed for part in ("--set", each)))
+    stopped = ("patience=1", "samples=0", "training.learning_rate=0.0", "training.save_steps=1", "output=stopped")
+    run("train", "policy", config, *(part for each in stopped for part in ("--set", each)))
+    assert read_run(models / "stopped")["steps"] == 2  # no lower loss: it ends
+    assert not (models / "stopped" / "samples.jsonl").exists()
     with pytest.raises(ValueError, match="examples.targets: expected 1 .*got 2"):
         run("train", "policy", config, "--set", "examples.opposed=true", "--set", "examples.targets=2")
     second = read_run(models / "second")

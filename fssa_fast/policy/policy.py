@@ -159,7 +159,7 @@ class SteerablePolicy(nn.Module):
         prompt, name each user as often as the batch repeats it; `policy.generate` does so by itself.
         Yields the slots [B]. Raises UnknownUser.
         """
-        with self.users.slots(users) as slots, self._serve(self.bank.rows, slots):
+        with self.users.slots(users) as slots, self.serve(self.bank.rows, slots):
             yield slots
 
     def rows(self, latents: Tensor) -> Tensor:
@@ -187,10 +187,11 @@ class SteerablePolicy(nn.Module):
             slots: the row of each batch row, int32 or int64 [B]; None is the base model.
             the others: the model's own.
         """
-        with self._serve(rows, slots):
+        with self.serve(rows, slots):
             return self.model(*args, **kwargs)
 
-    def _serve(self, rows: Tensor | None, slots: Tensor | None) -> AbstractContextManager[None]:
+    def serve(self, rows: Tensor | None, slots: Tensor | None) -> AbstractContextManager[None]:
+        """A block whose forwards of the base model serve rows of a table: arguments as of `forward`."""
         self.attachment.check()
         if self.model.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             check_checkpointing(self.model)
@@ -217,7 +218,7 @@ class SteerablePolicy(nn.Module):
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
         if position_ids is not None:
             inputs["position_ids"] = position_ids
-        with self._serve(rows, slots):
+        with self.serve(rows, slots):
             return self.model.base_model(**inputs, use_cache=False).last_hidden_state
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -71,7 +71,9 @@ class PolicyRun:
 
     base: the base model's folder, or its name on the hub; dtype: what it is computed in. reward: a reward run whose
     context encoder the policy takes over, and keeps as it is. latent_width: H, of a fresh encoder. modulation_std,
-    modulation_mean: as of `SteerablePolicy`. training: `NPDPOArguments` by name.
+    modulation_mean: as of `SteerablePolicy`. training: `NPDPOArguments` by name. patience: after so many evaluations on
+    the validation users without a lower loss training ends; None: after max_steps. samples: of so many validation users
+    an answer is written at each evaluation.
     """
 
     base: str
@@ -86,6 +88,8 @@ class PolicyRun:
     modulation_mean: float = 1.0
     examples: PolicyExamplesConfig = field(default_factory=PolicyExamplesConfig)
     training: dict = field(default_factory=dict)
+    patience: int | None = None
+    samples: int = 2
     seed: int = 0
 
 

@@ -71,9 +71,13 @@ class PreferenceData(Dataset[dict[str, Any]]):
     ) -> None:
         if not users:
             raise ValueError("users: expected at least one, got none")
-        for name, choices in users.items():
-            if len({choice.group for choice in choices}) < 2:
-                raise ValueError(f"users: expected choices of two groups or more for {name!r}, got one or none")
+        alike = [name for name, choices in users.items() if len({choice.group for choice in choices}) < 2]
+        if alike:
+            more = f" and {len(alike) - 8} more" if len(alike) > 8 else ""
+            raise ValueError(
+                "users: expected choices of two groups or more for each, got one or none for "
+                f"{', '.join(alike[:8])}{more}"
+            )
         if max_context < 0 or targets < 1:
             raise ValueError(f"max_context, targets: expected >= 0 and >= 1, got {max_context} and {targets}")
         if not 0 <= min_context <= max_context:

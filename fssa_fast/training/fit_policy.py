@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PrinterCallback
+from transformers import EarlyStoppingCallback, PrinterCallback
 
 from fssa_fast.data.choices import split_users
 from fssa_fast.data.files import Choice, Embed, read_choices
@@ -24,9 +24,12 @@ from fssa_fast.steering.config import ConfigError, EncoderConfig, SteeringConfig
 from fssa_fast.training.data import OpposedData, Preference, PreferenceData
 from fssa_fast.training.policy import NPDPOArguments, NPDPOTrainer, ReferenceCache
 from fssa_fast.training.runs import last_checkpoint, write_run
+from fssa_fast.training.samples import SAMPLES_NAME, SampleAnswers
 
 if TYPE_CHECKING:
     from fssa_fast.training.config import DataConfig, PolicyRun
+
+EVALUATED = 64  # examples drawn once of the validation users, the same at every evaluation
 
 DEFAULTS: Mapping[str, Any] = {
     "max_steps": 200,
@@ -121,7 +124,7 @@ def fit_policy(config: PolicyRun, *, resume: bool = False, quiet: bool = False) 
     embedder = config.data.load_embedder()
     if embedder is None:
         raise ConfigError("data.embedder: expected the path of a text encoder, got none")
-    train, _, _ = read_preferences(config.data, embedder.encode)
+    train, validation, _ = read_preferences(config.data, embedder.encode)
     encoder = None
     if config.reward is not None:
         reward = RewardModel.from_pretrained(config.reward)
@@ -151,7 +154,15 @@ def fit_policy(config: PolicyRun, *, resume: bool = False, quiet: bool = False) 
         standardize_latents(policy.encoder, some_contexts(train, seed=config.seed))
         policy.encoder.requires_grad_(False)
     drawn = config.examples
-    settings = {**DEFAULTS, "disable_tqdm": quiet, **config.training}
+    settings = {**DEFAULTS, "disable_tqdm": quiet}
+    if validation:  # the weights kept are those of the lowest loss on users not trained on
+        settings |= {"eval_strategy": "steps", "load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
+        settings |= {"greater_is_better": False, "per_device_eval_batch_size": 4}
+    elif config.patience is not None:
+        raise ConfigError("patience: expected None, since data.shares leaves no validation users")
+    settings |= config.training
+    if validation:
+        settings.setdefault("eval_steps", settings["save_steps"])  # what is evaluated can be kept
     if drawn.opposed:  # the two sides of a pair stay in one batch; the order is drawn by the examples
         settings = {"train_sampling_strategy": "sequential", **settings}
     args = NPDPOArguments(output_dir=config.output, seed=config.seed, **settings)
@@ -161,15 +172,25 @@ def fit_policy(config: PolicyRun, *, resume: bool = False, quiet: bool = False) 
         del options["targets"]  # one
     kind = OpposedData if drawn.opposed else PreferenceData
     data = kind(train, policy.tokenizer, length=length, seed=config.seed, **options)
+    held_out = PreferenceData(
+        validation, policy.tokenizer, length=EVALUATED, max_context=drawn.max_context, targets=1,
+        max_tokens=drawn.max_tokens, seed=config.seed,
+    ) if validation else None  # fmt: skip
     record = {
         "what": "policy",
         "config": asdict(config),
-        "data": {"path": config.data.path, "sha256": file_hash(config.data.path), "training users": sorted(train)},
+        "data": {"path": config.data.path, "sha256": file_hash(config.data.path), "training users": sorted(train),
+                 "validation users": sorted(validation)},
         "training": settings,
         "environment": environment(),
     }
     reference = ReferenceCache(Path(config.output) / "reference.jsonl")
-    trainer = NPDPOTrainer(policy, args, data, reference=reference)
+    trainer = NPDPOTrainer(policy, args, data, reference=reference, eval_dataset=held_out)
+    if config.patience is not None:
+        trainer.add_callback(EarlyStoppingCallback(config.patience))
+    if validation and config.samples:
+        path = Path(config.output) / SAMPLES_NAME
+        trainer.add_callback(SampleAnswers(policy, validation, config.samples, path, drawn.max_tokens, quiet))
     if quiet:
         trainer.remove_callback(PrinterCallback)
     main = trainer.is_world_process_zero()
@@ -181,7 +202,9 @@ def fit_policy(config: PolicyRun, *, resume: bool = False, quiet: bool = False) 
     policy.users.refresh()
     if main:
         policy.save_pretrained(config.output)
-        finished = {"status": "finished", "seconds": round(time.perf_counter() - begin, 1)}
+        finished: dict[str, Any] = {"status": "finished", "seconds": round(time.perf_counter() - begin, 1)}
+        if trainer.state.best_model_checkpoint is not None:
+            finished["kept"] = {"step": trainer.state.best_global_step, "eval_loss": trainer.state.best_metric}
         log = trainer.state.log_history
         write_run(config.output, {**record, **finished, "steps": trainer.state.global_step, "log": log})
     return policy

@@ -142,6 +142,9 @@ class NPDPOTrainer(NamesNaN, Trainer):
     Checkpoints hold the adapter only, as `SteerablePolicy.save_pretrained` writes it. With several processes every
     example must have as many targets, as those of `PreferenceData` have: then they compute what one would.
 
+    Evaluation, where there is an eval_dataset, gives eval_loss, and eval_accuracy: how often the implicit reward
+    prefers the answer that was chosen.
+
     reference: the base model's log-probabilities; None keeps them in memory.
     """
 
@@ -165,6 +168,7 @@ class NPDPOTrainer(NamesNaN, Trainer):
         self.model_accepts_loss_kwargs = False  # the loss is a mean: accumulation has to divide it
         self._sums: dict[str, Tensor] = {}
         self._count = 0
+        self._held_out: list[Tensor] = []  # of an evaluation under way: which pairs were predicted rightly
 
     @property
     def policy(self) -> SteerablePolicy:
@@ -175,8 +179,23 @@ class NPDPOTrainer(NamesNaN, Trainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         out = model(inputs)
+        if not model.training:
+            self._held_out.append((out.margin > 0).to(out.margin).flatten())
+            return (out.loss, {"margin": out.margin}) if return_outputs else out.loss
         self._note(accuracy=out.accuracy, margin=out.margin.mean(), likelihood=out.likelihood)
         return (out.loss, {"margin": out.margin}) if return_outputs else out.loss
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():  # transformers' own calls a model that takes a batch's parts as arguments
+            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
+        self._held_out = []
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        right = self.accelerator.gather(torch.cat(self._held_out))
+        accuracy = {f"{metric_key_prefix}_accuracy": round(float(right.mean()), 4)}
+        self.log(accuracy)
+        return {**metrics, **accuracy}
 
     def _note(self, **values: Tensor | None) -> None:
         self._count += 1
