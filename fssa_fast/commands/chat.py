@@ -134,8 +134,10 @@ class _Conversation:
         typer.echo(f"({self.user} is at version {user.version})")
 
     def _prompt(self, messages: list[dict[str, str]]) -> Any:
-        """A chat, or its text for a tokenizer without a template."""
-        if getattr(self.policy.tokenizer, "chat_template", None):
+        """A chat, or its text where the policy was trained on texts, or the tokenizer has no template."""
+        from fssa_fast.generation.prompts import has_template
+
+        if self.policy.chat or (self.policy.chat is None and has_template(self.policy.tokenizer)):
             return messages
         return "\n".join(message["content"] for message in messages) + "\n"
 

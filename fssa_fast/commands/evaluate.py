@@ -87,7 +87,7 @@ def _policy_shares(run: Path, setup: Setup, counts: list[int]) -> dict[int, Any]
         if setup.users is None or choice.user in setup.users:
             by_user.setdefault(choice.user, []).append(choice)
     assert policy.embedder is not None
-    examples = held_out(preferences(by_user, policy.embedder.encode), max_context=max(counts))
+    examples = held_out(preferences(by_user, policy.embedder.encode, chat=policy.chat), max_context=max(counts))
     reference = ReferenceCache()
     return {
         count: np.array([(m > 0).mean() for m in implicit_margins(policy, examples, count, reference=reference)])

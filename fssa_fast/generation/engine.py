@@ -29,7 +29,7 @@ import torch
 from fssa_fast.arguments import check_count
 from fssa_fast.generation.blocks import BlockPool, prefix_keys
 from fssa_fast.generation.fused import FusedModel
-from fssa_fast.generation.prompts import Message, prompt_ids
+from fssa_fast.generation.prompts import Message, prompt_ids, told
 from fssa_fast.generation.requests import Handle, Reason, Request, Result, first_stop
 from fssa_fast.generation.sampling import Sampler, Sampling
 from fssa_fast.generation.steered import Steered
@@ -128,7 +128,7 @@ class Engine:
         """Adds a request; it begins when there is room.
 
         Args:
-            prompt: a text as it is, a chat, or token ids.
+            prompt: a text (told as `policy.chat` says), a chat, or token ids.
             user: a name, BASE, PRIOR, or a blend: names with weights. The row is kept as it is now until the request
                 ends, whatever happens to the users meanwhile.
             temperature: 0 takes the likeliest token. top_p, top_k: 1 and 0 keep all tokens. seed: None draws one.
@@ -442,7 +442,7 @@ class Engine:
         if isinstance(prompt, str) or not all(isinstance(token, Integral) for token in prompt):
             if self._policy.tokenizer is None:
                 raise ValueError("prompt: expected token ids, since this policy has no tokenizer; got a text or a chat")
-            return prompt_ids(self._policy.tokenizer, prompt)  # type: ignore[arg-type]
+            return prompt_ids(self._policy.tokenizer, told(prompt, self._policy.chat))  # type: ignore[arg-type]
         tokens = [int(token) for token in prompt if isinstance(token, Integral)]
         if not tokens:
             raise ValueError("prompt: expected at least one token, got an empty prompt")

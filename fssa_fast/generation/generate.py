@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
-from fssa_fast.generation.prompts import Prompt, prompt_ids
+from fssa_fast.generation.prompts import Prompt, prompt_ids, told
 from fssa_fast.generation.steered import Steered
 
 Prompts = Sequence[Prompt] | Tensor
@@ -28,8 +28,8 @@ def generate(
     """Answers prompts, each for its user, all in one batch.
 
     Args:
-        prompts: texts as they are, or chats (lists of {"role", "content"}, put through the tokenizer's chat template),
-            in any mix; or token ids [B, T], padded on the left, with `attention_mask`.
+        prompts: texts (told as `policy.chat` says), or chats (lists of {"role", "content"}, put through the
+            tokenizer's chat template), in any mix; or token ids [B, T], padded on the left, with `attention_mask`.
         users: a name for each prompt, BASE, or PRIOR.
         options: those of transformers' `generate`: max_new_tokens, do_sample, num_beams, num_return_sequences,
             cache_implementation="static", streamer, ...
@@ -115,7 +115,7 @@ def tokenize(policy: Steered, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
     tokenizer = policy.tokenizer
     if tokenizer is None:
         raise ValueError("prompts: expected token ids, since this policy has no tokenizer; got texts")
-    rows = [prompt_ids(tokenizer, prompt, f"prompts[{i}]") for i, prompt in enumerate(prompts)]
+    rows = [prompt_ids(tokenizer, told(prompt, policy.chat), f"prompts[{i}]") for i, prompt in enumerate(prompts)]
     width, pad = max(map(len, rows)), _pad_token(tokenizer)
     ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=policy.device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=policy.device)

@@ -27,3 +27,13 @@ def prompt_ids(tokenizer: Any, prompt: Prompt, name: str = "prompt") -> list[int
     if not ids:
         raise ValueError(f"{name}: expected at least one token, got an empty prompt")
     return list(ids)
+
+
+def told(prompt: Prompt, chat: bool | None) -> Prompt:
+    """A prompt as a policy is asked it: where `chat`, a text is a user's message. Chats are what they are."""
+    return [{"role": "user", "content": prompt}] if chat and isinstance(prompt, str) else prompt
+
+
+def has_template(tokenizer: Any) -> bool:
+    """Whether the tokenizer can tell a chat."""
+    return bool(getattr(tokenizer, "chat_template", None))

@@ -22,6 +22,7 @@ class Steered(Protocol):
     layout: Layout
     users: Users
     tokenizer: Any
+    chat: bool | None
 
     @property
     def device(self) -> torch.device:

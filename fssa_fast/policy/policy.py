@@ -15,6 +15,7 @@ from fssa_fast.arguments import check_tensor
 from fssa_fast.generation.engine import Engine
 from fssa_fast.generation.fused import FusedModel
 from fssa_fast.generation.generate import Prompts, generate, stream
+from fssa_fast.generation.prompts import has_template
 from fssa_fast.nn import ContextEncoder, Modulator
 from fssa_fast.policy.import_reference import policy_from_reference
 from fssa_fast.policy.storage import load_policy, save_policy
@@ -38,13 +39,16 @@ class SteerablePolicy(nn.Module):
     Args:
         model: any Hugging Face causal LM. config: what to attach.
         tokenizer: for prompts given as texts. embedder: for choices given as texts.
+        chat: whether a prompt given as a text is told as a user's message of a chat, through the tokenizer's template,
+            as it was in training; False and None: as it is. It is saved with the policy.
         capacity: how many users the bank holds at once.
         modulation_std: standard deviation, at the start, of the weights that make adapters' columns of latents; FiLM's
             start at zero, since they multiply through all blocks.
         modulation_mean: those columns, at the start, of a latent of zeros: 1 is the whole adapter, and what is better
             for everyone is learnt first; 0 is the base model, and all that is learnt depends on the user.
 
-    Raises: ConfigError for blocks or projections the model lacks; ValueError for an embedder of another width.
+    Raises: ConfigError for blocks or projections the model lacks; ValueError for an embedder of another width, or a
+        tokenizer without a template for `chat`.
     """
 
     def __init__(
@@ -54,6 +58,7 @@ class SteerablePolicy(nn.Module):
         *,
         tokenizer: Any = None,
         embedder: TextEmbedder | None = None,
+        chat: bool | None = None,
         capacity: int = 64,
         modulation_std: float = 0.0,
         modulation_mean: float = 1.0,
@@ -64,11 +69,13 @@ class SteerablePolicy(nn.Module):
                 f"embedder: expected width {config.encoder.embedding_width}, as config.encoder has it, "
                 f"got {embedder.width}"
             )
+        if chat and tokenizer is not None and not has_template(tokenizer):
+            raise ValueError("tokenizer: expected one with a chat template, since prompts are told as chats; got none")
         layout = plan_sites(model, config)
         parameter = next(model.parameters())
         kind = {"device": parameter.device, "dtype": torch.get_default_dtype()}
         self.model, self.steering, self.layout = model, config, layout
-        self.tokenizer, self.embedder = tokenizer, embedder
+        self.tokenizer, self.embedder, self.chat = tokenizer, embedder, chat
         self.encoder = ContextEncoder(**asdict(config.encoder)).to(**kind)
         self.modulator = Modulator(
             config.encoder.latent_width,

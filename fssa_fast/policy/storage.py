@@ -33,6 +33,7 @@ class Storable(Protocol):
     encoder: ContextEncoder
     modulator: Modulator
     embedder: TextEmbedder | None
+    chat: bool | None
     attachment: Attachment
     users: Users
 
@@ -68,6 +69,7 @@ class SavedPolicy:
     base: BaseDescription
     embedder: EmbedderConfig | None
     library_version: str
+    chat: bool | None = None
 
 
 def describe_base(model: Any) -> BaseDescription:
@@ -120,7 +122,8 @@ def save_policy(policy: Storable, directory: str | os.PathLike[str], dtype: torc
         named = remember(embedder.name_or_path, folder)
         embedder = replace(embedder, name_or_path=named[0], revision=named[1])
     saved = SavedPolicy(
-        FORMAT_VERSION, policy.steering, replace(base, name_or_path=name, revision=revision), embedder, __version__
+        FORMAT_VERSION, policy.steering, replace(base, name_or_path=name, revision=revision), embedder, __version__,
+        policy.chat,
     )
     tensors = {name: tensor.to(dtype or tensor.dtype) for name, tensor in adapter_tensors(policy).items()}
     write_pair(folder / CONFIG_NAME, to_json(saved), folder / WEIGHTS_NAME, tensors)
@@ -239,6 +242,7 @@ def load_policy(
         saved.config,
         tokenizer=tokenizer_beside(folder) if tokenizer is None else tokenizer,
         embedder=embedder,
+        chat=saved.chat,
         capacity=capacity,
     )
     try:

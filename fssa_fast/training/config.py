@@ -69,11 +69,15 @@ class PolicyExamplesConfig:
 class PolicyRun:
     """What `fssa train policy` does.
 
-    base: the base model's folder, or its name on the hub; dtype: what it is computed in. reward: a reward run whose
-    context encoder the policy takes over, and keeps as it is. latent_width: H, of a fresh encoder. modulation_std,
-    modulation_mean: as of `SteerablePolicy`. training: `NPDPOArguments` by name. patience: after so many evaluations on
-    the validation users without a lower loss training ends; None: after max_steps. samples: of so many validation users
-    an answer is written at each evaluation.
+    Args:
+        base: the base model's folder, or its name on the hub; dtype: what it is computed in.
+        reward: a reward run whose context encoder the policy takes over, and keeps as it is.
+        latent_width: H, of a fresh encoder. modulation_std, modulation_mean: as of `SteerablePolicy`.
+        chat: whether prompts given as texts are told as chats; auto: where the tokenizer has a template. The policy
+            remembers it, and is asked so ever after.
+        training: `NPDPOArguments` by name.
+        patience: training ends after so many evaluations on the validation users without a lower loss; None: after
+            max_steps. samples: of so many validation users an answer is written at each evaluation.
     """
 
     base: str
@@ -86,6 +90,7 @@ class PolicyRun:
     loras: tuple[LoraConfig, ...] = (LoraConfig(),)
     modulation_std: float = 0.1
     modulation_mean: float = 1.0
+    chat: bool | Literal["auto"] = "auto"
     examples: PolicyExamplesConfig = field(default_factory=PolicyExamplesConfig)
     training: dict = field(default_factory=dict)
     patience: int | None = None

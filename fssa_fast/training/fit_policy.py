@@ -16,6 +16,7 @@ from transformers import EarlyStoppingCallback, PrinterCallback
 from fssa_fast.data.choices import split_users
 from fssa_fast.data.files import Choice, Embed, read_choices
 from fssa_fast.data.lines import DataError
+from fssa_fast.generation.prompts import has_template, told
 from fssa_fast.hub import find_folder, load_model, load_tokenizer
 from fssa_fast.nn import NPBTL, ContextEncoder, RewardModel, pack_choices
 from fssa_fast.policy.policy import SteerablePolicy
@@ -45,10 +46,10 @@ DEFAULTS: Mapping[str, Any] = {
 }
 
 
-def read_preferences(config: DataConfig, embed: Embed) -> list[dict[str, list[Preference]]]:
+def read_preferences(config: DataConfig, embed: Embed, *, chat: bool = False) -> list[dict[str, list[Preference]]]:
     """The choices of training, validation and test users, embedded; choices must be between texts.
 
-    A prompt that is a JSON list is a chat. Raises DataError, naming file and line.
+    A prompt that is a JSON list is a chat; others are told as one where `chat`. Raises DataError, naming file and line.
     """
     choices = read_choices(config.path)
     for choice in choices:
@@ -59,18 +60,27 @@ def read_preferences(config: DataConfig, embed: Embed) -> list[dict[str, list[Pr
         by_user.setdefault(choice.user, []).append(choice)
     names = sorted(by_user)
     parts = split_users(len(names), config.split_seed, config.shares)
-    return [preferences({names[i]: by_user[names[i]] for i in part}, embed) for part in parts]
+    return [preferences({names[i]: by_user[names[i]] for i in part}, embed, chat=chat) for part in parts]
 
 
-def preferences(users: Mapping[str, Sequence[Choice]], embed: Embed) -> dict[str, list[Preference]]:
-    """Users' choices between texts, as the trainer takes them; without a group, a prompt is one."""
+def preferences(
+    users: Mapping[str, Sequence[Choice]], embed: Embed, *, chat: bool | None = False
+) -> dict[str, list[Preference]]:
+    """Users' choices between texts, as the trainer takes them; without a group, a prompt is one.
+
+    chat: whether a prompt that is a text is told as a user's message, as of `SteerablePolicy`.
+    """
     found = {}
     for user, own in users.items():
         texts = [(choice.prompt, str(option)) for choice in own for option in (choice.chosen, choice.rejected)]
         pairs = embed(texts).view(len(own), 2, -1)
         found[user] = [
             Preference(
-                _prompt(c.prompt), str(c.chosen), str(c.rejected), c.prompt if c.group is None else c.group, pair
+                told(_prompt(c.prompt), chat),
+                str(c.chosen),
+                str(c.rejected),
+                c.prompt if c.group is None else c.group,
+                pair,
             )
             for c, pair in zip(own, pairs, strict=True)
         ]
@@ -124,7 +134,10 @@ def fit_policy(config: PolicyRun, *, resume: bool = False, quiet: bool = False) 
     embedder = config.data.load_embedder()
     if embedder is None:
         raise ConfigError("data.embedder: expected the path of a text encoder, got none")
-    train, validation, _ = read_preferences(config.data, embedder.encode)
+    folder = find_folder("base", config.base, ask_hub=True)
+    tokenizer = load_tokenizer(folder)
+    chat = has_template(tokenizer) if config.chat == "auto" else config.chat
+    train, validation, _ = read_preferences(config.data, embedder.encode, chat=chat)
     encoder = None
     if config.reward is not None:
         reward = RewardModel.from_pretrained(config.reward)
@@ -139,13 +152,13 @@ def fit_policy(config: PolicyRun, *, resume: bool = False, quiet: bool = False) 
         config.loras,
     )
     torch.manual_seed(config.seed)
-    folder = find_folder("base", config.base, ask_hub=True)
     base = load_model(AutoModelForCausalLM, folder, dtype=getattr(torch, config.dtype))
     policy = SteerablePolicy(
         base,
         steering,
-        tokenizer=load_tokenizer(folder),
+        tokenizer=tokenizer,
         embedder=embedder,
+        chat=chat,
         modulation_std=config.modulation_std,
         modulation_mean=config.modulation_mean,
     )
@@ -181,6 +194,7 @@ def fit_policy(config: PolicyRun, *, resume: bool = False, quiet: bool = False) 
         "config": asdict(config),
         "data": {"path": config.data.path, "sha256": file_hash(config.data.path), "training users": sorted(train),
                  "validation users": sorted(validation)},
+        "chat": chat,
         "training": settings,
         "environment": environment(),
     }

@@ -35,7 +35,7 @@ class Scores:
     @property
     def accuracies(self) -> Floats:
         """Of each unit, the share of choices predicted rightly; one predicted with even odds counts a half."""
-        return self._by_unit(lambda p: (p > 0.5) + 0.5 * (p == 0.5))
+        return self._by_unit(_right)
 
     @property
     def accuracy(self) -> float:
@@ -56,7 +56,7 @@ class Scores:
         """Of predictions in equal bins of the odds-on option's probability, 0.5 to 1: mean stated, share right, how
         many; bins without predictions are left out."""
         p = np.concatenate(self.probabilities)
-        stated, right = np.maximum(p, 1 - p), (p > 0.5) + 0.5 * (p == 0.5)
+        stated, right = np.maximum(p, 1 - p), _right(p)
         where = np.minimum(((stated - 0.5) * 2 * bins).astype(int), bins - 1)
         return [
             (float(stated[where == i].mean()), float(right[where == i].mean()), int((where == i).sum()))
@@ -69,6 +69,11 @@ class Scores:
         """The expected calibration error: mean over predictions of |stated - right| of their bin."""
         table = self.calibration()
         return sum(n * abs(stated - right) for stated, right, n in table) / sum(n for _, _, n in table)
+
+
+def _right(probabilities: Floats) -> Floats:
+    even = np.abs(probabilities - 0.5) < 1e-9  # but for rounding, which would be taken for an opinion
+    return np.where(even, 0.5, probabilities > 0.5)
 
 
 def truncate(examples: Sequence[Example], count: int) -> list[Example]:
