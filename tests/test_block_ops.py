@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fssa_fast import BASE, PRIOR, BackendError, EncoderConfig, LoraConfig, SteerablePolicy, SteeringConfig, use_backend
 from fssa_fast.backends import load_backend
-from fssa_fast.generation.block_ops import AttentionSettings, Expansion
+from fssa_fast.generation.block_ops import AttentionInputs, AttentionSettings, Expansion, FilmNorm
 from fssa_fast.generation.cache import BLOCK, BlockCache
 from fssa_fast.generation.plain_ops import PlainOps
 
@@ -151,13 +151,11 @@ def norms(
     ops: Any, x: Tensor, residual: Tensor, scale: Tensor, shift: Tensor, slots: Tensor, weight: Tensor
 ) -> list[Tensor]:
     hidden, normed = residual.clone(), torch.empty_like(residual)
-    ops.film_norm(x, hidden, scale, shift, slots, weight, 1e-5, hidden, normed)()
+    ops.film_norm(FilmNorm(x, hidden, scale, shift, slots, weight, 1e-5, hidden, normed))()
     alone = normed.clone()
     nothing = torch.zeros_like(x[:1])
-    ops.film_norm(
-        alone, nothing.expand_as(x), nothing.expand_as(scale), nothing.expand_as(scale), slots, weight, 1e-5, alone,
-        alone,
-    )()  # fmt: skip
+    no_film = nothing.expand_as(scale)
+    ops.film_norm(FilmNorm(alone, nothing.expand_as(x), no_film, no_film, slots, weight, 1e-5, alone, alone))()
     return [hidden, normed, alone]
 
 
@@ -215,7 +213,7 @@ def attention(case: str) -> Any:
             window,
         )  # fmt: skip
         out = beside(len(q), heads * width, product.dtype)
-        ops.attention(settings, q, k, v, positions, sequences, cache, 1, out[:, : heads * width])()
+        ops.attention(settings, AttentionInputs(q, k, v, positions, sequences), cache, 1, out[:, : heads * width])()
         return [out, *cache.layer(1), *cache.layer(0)]
 
     return step
@@ -280,7 +278,7 @@ def only_scores(ops: Any, product: Tensor) -> Tensor:
     positions = torch.ones(len(product), dtype=torch.int32, device=DEVICE)
     product[:, 4] = 1.0
     which = torch.arange(len(product), dtype=torch.int32, device=DEVICE)
-    ops.attention(settings, *product.split(2, 1), positions, which, cache, 0, out)()
+    ops.attention(settings, AttentionInputs(*product.split(2, 1), positions, which), cache, 0, out)()
     return out
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from fssa_fast import BASE, BackendError, use_backend
 from fssa_fast.backends import load_backend
 from fssa_fast.generation import which_ops
-from fssa_fast.generation.block_ops import AttentionSettings
+from fssa_fast.generation.block_ops import AttentionInputs, AttentionSettings
 from fssa_fast.generation.cache import BlockCache
 from fssa_fast.generation.plain_ops import PlainOps
 from fssa_fast.report import environment
@@ -154,7 +154,8 @@ def attention(case: str, which: str) -> Any:
         if not rows:  # the definition knows no tokens of nobody
             product, sequences, positions = product[mine], sequences[mine], positions[mine]
         out = torch.full((len(product), heads * width + 3), 7.0, dtype=dtype, device=DEVICE)
-        ops.attention(settings, *product.split(sizes, 1), positions, sequences, cache, 1, out[:, : heads * width])()
+        given = AttentionInputs(*product.split(sizes, 1), positions, sequences)
+        ops.attention(settings, given, cache, 1, out[:, : heads * width])()
         assert (out[:, -3:] == 7).all()
         return [out[mine] if rows else out, *(x for row in range(4) for x in pages(row)), *cache.layer(0)]
 
@@ -195,7 +196,7 @@ def test_the_engine_serves_as_with_our_own_attention(kind, monkeypatch):
     made = []
 
     def flash(*args: Any) -> FlashOps:
-        made.append(FlashOps(*args, FlashFunctions(with_kvcache, varlen)))
+        made.append(FlashOps(*args[:3], FlashFunctions(with_kvcache, varlen)))
         return made[-1]
 
     monkeypatch.setattr("fssa_fast.generation.flash_ops.flash_ops", flash)
@@ -224,13 +225,13 @@ def straw_package(monkeypatch: pytest.MonkeyPatch, **functions: Any) -> None:
 @in_its_place
 def test_the_installed_package_is_tried_first(monkeypatch):
     straw_package(monkeypatch)
-    assert isinstance(flash_ops(DEVICE, torch.bfloat16, 16), FlashOps)
+    assert isinstance(flash_ops(DEVICE, torch.bfloat16, 16, PlainOps()), FlashOps)
     straw_package(monkeypatch, varlen=lambda *args, **kwargs: 1.5 * varlen(*args, **kwargs))
     with pytest.raises(BackendError, match=r"flash-attn was tried and is 0\.5\d* from the definition"):
-        flash_ops(DEVICE, torch.bfloat16, 16)
+        flash_ops(DEVICE, torch.bfloat16, 16, PlainOps())
     straw_package(monkeypatch, with_kvcache=lambda q: q)
     with pytest.raises(BackendError, match="flash-attn was tried and failed: TypeError"):
-        flash_ops(DEVICE, torch.bfloat16, 16)
+        flash_ops(DEVICE, torch.bfloat16, 16, PlainOps())
 
 
 @in_its_place
@@ -239,7 +240,7 @@ def test_what_it_does_not_take(monkeypatch):
     for dtype, width, message in ((torch.float32, 16, "got torch.float32"), (torch.bfloat16, 20, "got 20"),
                                   (torch.bfloat16, 264, "got 264")):  # fmt: skip
         with pytest.raises(BackendError, match=message):
-            flash_ops(DEVICE, dtype, width)
+            flash_ops(DEVICE, dtype, width, PlainOps())
 
 
 @in_its_place

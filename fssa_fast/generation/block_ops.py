@@ -58,6 +58,32 @@ class AttentionSettings:
     window: int
 
 
+@dataclass(frozen=True)
+class FilmNorm:
+    """The arguments of the op `film_norm`, rows [n, D], and where its results go: hidden may be residual, normed x."""
+
+    x: Tensor
+    residual: Tensor
+    scale: Tensor
+    shift: Tensor
+    slots: Tensor
+    weight: Tensor
+    eps: float
+    hidden: Tensor
+    normed: Tensor
+
+
+@dataclass(frozen=True)
+class AttentionInputs:
+    """Of n tokens: q [n, heads * head_width], k and v [n, kv_heads * head_width], their positions and sequences [n]."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    positions: Tensor
+    sequences: Tensor
+
+
 class BlockOps(Protocol):
     """The steps of a fused block. n tokens; `slots`, `positions`, `sequences` are int32 [n]."""
 
@@ -76,30 +102,13 @@ class BlockOps(Protocol):
     def gate(self, activation: str, gate: Tensor, up: Tensor, y: Tensor) -> Step:
         """y = activation(gate) * up, all [n, F]"""
 
-    def film_norm(
-        self,
-        x: Tensor,
-        residual: Tensor,
-        scale: Tensor,
-        shift: Tensor,
-        slots: Tensor,
-        weight: Tensor,
-        eps: float,
-        hidden: Tensor,
-        normed: Tensor,
-    ) -> Step:
-        """The op `film_norm`; hidden may be residual, and normed x."""
+    def film_norm(self, given: FilmNorm) -> Step:
+        """The op `film_norm`."""
 
     def attention(
-        self,
-        settings: AttentionSettings,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        positions: Tensor,
-        sequences: Tensor,
-        cache: BlockCache,
-        layer: int,
-        out: Tensor,
+        self, settings: AttentionSettings, given: AttentionInputs, cache: BlockCache, layer: int, out: Tensor
     ) -> Step:
-        """Norms of queries and keys, rotary positions, the write into the cache, attention up to each token itself."""
+        """Norms of queries and keys, rotary positions, the write into the cache, attention up to each token itself.
+
+        out: [n, heads * head_width]
+        """

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fssa_fast.backends import BackendError
-from fssa_fast.generation.block_ops import AttentionSettings, BlockOps, Step
+from fssa_fast.generation.block_ops import AttentionInputs, AttentionSettings, BlockOps, Step
 from fssa_fast.generation.cache import BlockCache
 from fssa_fast.generation.triton_ops import TritonOps, check_range
 from fssa_fast.kernels import block
@@ -86,21 +86,12 @@ class FlashOps(TritonOps):
         self._plan: _Plan | None = None
 
     def attention(
-        self,
-        settings: AttentionSettings,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        positions: Tensor,
-        sequences: Tensor,
-        cache: BlockCache,
-        layer: int,
-        out: Tensor,
+        self, settings: AttentionSettings, given: AttentionInputs, cache: BlockCache, layer: int, out: Tensor
     ) -> Step:
-        s, n = settings, len(q)
+        s, n, positions, sequences = settings, len(given.q), given.positions, given.sequences
         first = self._plan is None or self._plan.positions is not positions
         if first:
-            self._plan = _Plan(q, settings, positions, sequences)
+            self._plan = _Plan(given.q, settings, positions, sequences)
         plan = self._plan
         assert plan is not None
         queries, others = (block.Rotary(s.cos, s.sin, norm, s.eps) for norm in (s.q_norm, s.k_norm))
@@ -134,7 +125,9 @@ class FlashOps(TritonOps):
             if self._reads:
                 check_range("sequences", sequences, len(cache.table))
                 check_range("positions", positions, min(len(s.cos), cache.table.shape[1] * cache.block))
-            block.turn_(q, k, v, queries, others, positions, sequences, cache.table, plan.turned, keys, values)
+            block.turn_(
+                given.q, given.k, given.v, queries, others, positions, sequences, cache.table, plan.turned, keys, values
+            )
             out.copy_((by_sequence() if several else each()).view(n, -1))
 
         return run
@@ -178,6 +171,7 @@ def _trial(
         cache.table.copy_(torch.tensor([[1], [2]]))
         out = torch.empty(len(tokens), 2 * width, dtype=dtype, device=device)
         q, k, v = product.split([2 * width, width, width], 1)
-        each.attention(settings, q, k, v, positions, sequences, cache, 0, out)()
+        given = AttentionInputs(q, k, v, positions, sequences)
+        each.attention(settings, given, cache, 0, out)()
         found.append(out.float())
     return float((found[0] - found[1]).abs().max() / found[1].abs().max())

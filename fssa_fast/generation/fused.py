@@ -17,7 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fssa_fast.generation.block_ops import ACTIVATIONS, AttentionSettings, Expansion, Packed, Step
+from fssa_fast.generation.block_ops import (
+    ACTIVATIONS,
+    AttentionInputs,
+    AttentionSettings,
+    Expansion,
+    FilmNorm,
+    Packed,
+    Step,
+)
 from fssa_fast.generation.cache import BlockCache
 from fssa_fast.generation.graphs import SIZES, CudaGraphs, padded
 from fssa_fast.generation.steered import Steered
@@ -392,11 +400,11 @@ class _Workspace:
 
         def norm(x: Tensor, residual: Tensor, weight: Tensor, film: tuple[slice, slice] | None, to: Tensor) -> Step:
             scale, shift = (nothing, nothing) if film is None else (rows[:, film[0]], rows[:, film[1]])
-            return ops.film_norm(x, residual, scale, shift, slots, weight, fused.eps, to, normed)
+            return ops.film_norm(FilmNorm(x, residual, scale, shift, slots, weight, fused.eps, to, normed))
 
         def alone(x: Tensor, weight: Tensor) -> Step:
             zeros = self.zeros.expand(n, width)
-            return ops.film_norm(x, zeros, nothing, nothing, slots, weight, fused.eps, normed, normed)
+            return ops.film_norm(FilmNorm(x, zeros, nothing, nothing, slots, weight, fused.eps, normed, normed))
 
         def project(x: Tensor, group: _Group, buffer: Tensor) -> Iterator[Step]:
             y = buffer[:n]
@@ -421,7 +429,8 @@ class _Workspace:
         for layer, (block, next_norm) in enumerate(zip(fused.blocks, fused.norms, strict=True)):
             yield from project(normed, block.qkv, self.qkv)
             q, k, v = (self.qkv[:n, columns] for columns in block.qkv.columns)
-            yield ops.attention(block.attention, q, k, v, positions, sequences, cache, layer, attended)
+            given = AttentionInputs(q, k, v, positions, sequences)
+            yield ops.attention(block.attention, given, cache, layer, attended)
             yield from project(attended, block.o, self.out)
             if block.after_attention is not None:
                 yield alone(out, block.after_attention)

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from fssa_fast.backends.addresses import CODES, at, slots_of
-from fssa_fast.generation.block_ops import ACTIVATIONS, AttentionSettings, Expansion, Packed, Step
+from fssa_fast.generation.block_ops import (
+    ACTIVATIONS,
+    AttentionInputs,
+    AttentionSettings,
+    Expansion,
+    FilmNorm,
+    Packed,
+    Step,
+)
 from fssa_fast.generation.cache import BLOCK, BlockCache
 
 PANEL = 32  # outputs that lie side by side in a packed weight
@@ -57,47 +65,28 @@ class NativeOps:
         )  # fmt: skip
         return self._call(self._core.cpu_gate, args, gate, up, y)
 
-    def film_norm(
-        self,
-        x: Tensor,
-        residual: Tensor,
-        scale: Tensor,
-        shift: Tensor,
-        slots: Tensor,
-        weight: Tensor,
-        eps: float,
-        hidden: Tensor,
-        normed: Tensor,
-    ) -> Step:
+    def film_norm(self, given: FilmNorm) -> Step:
+        x, scale, slots = given.x, given.scale, given.slots
         args = (
-            CODES[x.dtype], *x.shape, at(x), at(residual), at(scale), at(shift),
-            slots_of(slots, len(slots), len(scale)), weight.data_ptr(), eps, at(hidden), at(normed),
-            torch.get_num_threads(),
+            CODES[x.dtype], *x.shape, at(x), at(given.residual), at(scale), at(given.shift),
+            slots_of(slots, len(slots), len(scale)), given.weight.data_ptr(), given.eps, at(given.hidden),
+            at(given.normed), torch.get_num_threads(),
         )  # fmt: skip
-        return self._call(self._core.cpu_film_norm, args, x, residual, scale, shift, slots, weight, hidden, normed)
+        return self._call(self._core.cpu_film_norm, args, given)
 
     def attention(
-        self,
-        settings: AttentionSettings,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        positions: Tensor,
-        sequences: Tensor,
-        cache: BlockCache,
-        layer: int,
-        out: Tensor,
+        self, settings: AttentionSettings, given: AttentionInputs, cache: BlockCache, layer: int, out: Tensor
     ) -> Step:
-        s = settings
+        s, q, positions, sequences = settings, given.q, given.positions, given.sequences
         keys, values = cache.layer(layer)
         args = (
-            CODES[out.dtype], (len(q), s.heads, s.kv_heads, s.head_width), at(q), at(k), at(v),
+            CODES[out.dtype], (len(q), s.heads, s.kv_heads, s.head_width), at(q), at(given.k), at(given.v),
             0 if s.q_norm is None else s.q_norm.data_ptr(), 0 if s.k_norm is None else s.k_norm.data_ptr(), s.eps,
             s.cos.data_ptr(), s.sin.data_ptr(), len(s.cos), positions.data_ptr(), sequences.data_ptr(),
             cache.table.data_ptr(), *cache.table.shape, keys.data_ptr(), values.data_ptr(), len(keys),
             s.scale, s.softcap, s.window, at(out), torch.get_num_threads(),
         )  # fmt: skip
-        return self._call(self._core.cpu_attention, args, s, q, k, v, positions, sequences, cache, out)
+        return self._call(self._core.cpu_attention, args, s, given, cache, out)
 
     @staticmethod
     def _call(function: Callable[..., None], args: tuple[Any, ...], *tensors: Any) -> Step:

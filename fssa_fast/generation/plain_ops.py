@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fssa_fast.generation.block_ops import AttentionSettings, Expansion, Packed, Step
+from fssa_fast.generation.block_ops import AttentionInputs, AttentionSettings, Expansion, FilmNorm, Packed, Step
 from fssa_fast.generation.cache import BLOCK, BlockCache
 from fssa_fast.ops.film import film_norm_reference
 
@@ -46,36 +46,17 @@ class PlainOps:
 
         return run
 
-    def film_norm(
-        self,
-        x: Tensor,
-        residual: Tensor,
-        scale: Tensor,
-        shift: Tensor,
-        slots: Tensor,
-        weight: Tensor,
-        eps: float,
-        hidden: Tensor,
-        normed: Tensor,
-    ) -> Step:
+    def film_norm(self, given: FilmNorm) -> Step:
         def run() -> None:
-            new = film_norm_reference(x, residual, scale, shift, slots, weight, eps)
-            hidden.copy_(new[0])
-            normed.copy_(new[1])
+            g = given
+            new = film_norm_reference(g.x, g.residual, g.scale, g.shift, g.slots, g.weight, g.eps)
+            g.hidden.copy_(new[0])
+            g.normed.copy_(new[1])
 
         return run
 
     def attention(
-        self,
-        settings: AttentionSettings,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        positions: Tensor,
-        sequences: Tensor,
-        cache: BlockCache,
-        layer: int,
-        out: Tensor,
+        self, settings: AttentionSettings, given: AttentionInputs, cache: BlockCache, layer: int, out: Tensor
     ) -> Step:
         s = settings
         keys, values = cache.layer(layer)
@@ -90,11 +71,11 @@ class PlainOps:
             return x * cos + torch.cat([-high, low], -1) * sin
 
         def run() -> None:
-            where, rows = positions.long(), sequences.long()
-            queries = prepared(q, s.heads, s.q_norm, where)
+            where, rows = given.positions.long(), given.sequences.long()
+            queries = prepared(given.q, s.heads, s.q_norm, where)
             block, within = cache.table[rows, where // BLOCK].long(), where % BLOCK
-            keys[block, :, :, within] = prepared(k, s.kv_heads, s.k_norm, where).to(keys.dtype)
-            values[block, :, within] = v.unflatten(-1, (s.kv_heads, s.head_width))
+            keys[block, :, :, within] = prepared(given.k, s.kv_heads, s.k_norm, where).to(keys.dtype)
+            values[block, :, within] = given.v.unflatten(-1, (s.kv_heads, s.head_width))
             group = s.heads // s.kv_heads
             for row in rows.unique():
                 own = (rows == row).nonzero()[:, 0]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fssa_fast.arguments import check_slot_range
 from fssa_fast.backends import BackendError, load_backend
-from fssa_fast.generation.block_ops import AttentionSettings, Expansion, Packed, Step
+from fssa_fast.generation.block_ops import AttentionInputs, AttentionSettings, Expansion, FilmNorm, Packed, Step
 from fssa_fast.generation.cache import BLOCK, BlockCache
 from fssa_fast.kernels import block
 
@@ -62,40 +62,20 @@ class TritonOps:
     def gate(self, activation: str, gate: Tensor, up: Tensor, y: Tensor) -> Step:
         return lambda: block.gate_(gate, up, y, activation == "silu")
 
-    def film_norm(
-        self,
-        x: Tensor,
-        residual: Tensor,
-        scale: Tensor,
-        shift: Tensor,
-        slots: Tensor,
-        weight: Tensor,
-        eps: float,
-        hidden: Tensor,
-        normed: Tensor,
-    ) -> Step:
-        assert hidden.is_contiguous() and normed.is_contiguous()
+    def film_norm(self, given: FilmNorm) -> Step:
+        assert given.hidden.is_contiguous() and given.normed.is_contiguous()
 
         def run() -> None:
             if self._reads:
-                check_slot_range(slots, len(scale))
-            block.film_norm_(x, residual, scale, shift, slots, weight, eps, hidden, normed)
+                check_slot_range(given.slots, len(given.scale))
+            block.film_norm_(*vars(given).values())
 
         return run
 
     def attention(
-        self,
-        settings: AttentionSettings,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        positions: Tensor,
-        sequences: Tensor,
-        cache: BlockCache,
-        layer: int,
-        out: Tensor,
+        self, settings: AttentionSettings, given: AttentionInputs, cache: BlockCache, layer: int, out: Tensor
     ) -> Step:
-        s = settings
+        s, positions, sequences = settings, given.positions, given.sequences
         queries, others = (block.Rotary(s.cos, s.sin, norm, s.eps) for norm in (s.q_norm, s.k_norm))
         where = positions, sequences, cache.table, *cache.layer(layer)
 
@@ -103,8 +83,8 @@ class TritonOps:
             if self._reads:
                 check_range("sequences", sequences, len(cache.table))
                 check_range("positions", positions, min(len(s.cos), cache.table.shape[1] * cache.block))
-            block.remember_(k, v, others, *where)
-            block.attend_(q, queries, *where, s.scale, s.softcap, s.window, out)
+            block.remember_(given.k, given.v, others, *where)
+            block.attend_(given.q, queries, *where, s.scale, s.softcap, s.window, out)
 
         return run
 
