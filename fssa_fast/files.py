@@ -1,18 +1,25 @@
-"""Files of a saved model: a configuration in JSON and tensors in safetensors, checked before anything is allocated."""
+"""Files of a saved model: a configuration in JSON and tensors in safetensors, checked before anything is allocated.
+
+The configuration names its tensors' file, whose name is that of its content: `model-<hash>.safetensors`. Replacing the
+configuration is the one step in which a model is saved over another.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from fssa_fast.arguments import DTYPES
+from fssa_fast.records import file_hash
 
 MAX_CONFIG_BYTES = 1 << 20
 MAX_WIDTH = 1 << 20
@@ -57,19 +64,23 @@ def check_fields(where: str, fields: Any, types: Mapping[str, type | tuple[type,
             raise CheckpointError(f"{where}: {name!r}: expected 1 to {MAX_WIDTH}, got {str(value)[:80]}")
 
 
-def read_config(path: Path, version: int) -> dict[str, Any]:
-    """A configuration in JSON that has that "version", without it."""
-    try:
-        config = json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{path}: not JSON: {error}") from error
+def read_config(path: Path, *versions: int) -> dict[str, Any]:
+    """A configuration in JSON that has one of these as its "version", without it."""
+    config = read_json(path)
     check_fields(str(path), config, {"version": int})
     found = config.pop("version")
-    if found != version:
-        raise CheckpointError(f"{path}: expected version {version}, got {found}")
+    if found not in versions:
+        raise CheckpointError(f"{path}: expected version {' or '.join(map(str, versions))}, got {found}")
     return config
+
+
+def read_json(path: Path) -> Any:
+    """What a small file of JSON holds."""
+    text = read_text(path)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not JSON: {error}") from error
 
 
 def check_tensors(where: str, shapes: Mapping[str, tuple[int, ...]], expected: Mapping[str, Tensor]) -> None:
@@ -99,7 +110,10 @@ def check_dtypes(where: str, tensors: Mapping[str, Tensor], expected: Mapping[st
 
 
 def read_tensors(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, which must have the names and shapes of `expected` (meta tensors)."""
+    """The tensors of a safetensors file, which must have the names and shapes of `expected` (meta tensors).
+
+    A file named by its content must have that content.
+    """
     if not path.is_file():
         raise CheckpointError(f"{path}: there is no such file")
     try:
@@ -107,17 +121,108 @@ def read_tensors(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
             check_tensors(str(path), shapes, expected)
             tensors = {name: file.get_tensor(name) for name in expected}
-    except (SafetensorError, OSError) as error:
+        check_dtypes(str(path), tensors, expected)
+        named = _NAMED.search(path.name)
+        if named is not None and file_hash(path)[:DIGITS] != named[1]:
+            raise CheckpointError(f"{path}: damaged: its content is not that which its name says")
+    except (SafetensorError, OSError, RuntimeError) as error:  # RuntimeError: gone since it was looked for
         raise CheckpointError(f"{path}: not a whole safetensors file: {error}") from error
-    check_dtypes(str(path), tensors, expected)
     return tensors
 
 
-def write_pair(config_path: Path, config: Mapping[str, Any], weights_path: Path, weights: Mapping[str, Tensor]) -> None:
-    """Writes a configuration and its tensors, each file in one step: a reader never sees half of one."""
-    parts = [path.with_name(f".{path.name}.part") for path in (weights_path, config_path)]
-    config_path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.detach().contiguous() for name, tensor in weights.items()}, parts[0])
-    parts[1].write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    os.replace(parts[0], weights_path)
-    os.replace(parts[1], config_path)
+# ---------------------------------------------------------------- a configuration and its tensors, as one
+
+DIGITS = 16
+_NAMED = re.compile(rf"-([0-9a-f]{{{DIGITS}}})\.safetensors$")
+Read = TypeVar("Read")
+
+
+def weights_path(config_path: Path, default: str, name: Any) -> Path:
+    """The file of tensors that a configuration names: `default`, as older ones had it, or that named by its content."""
+    if name != default and not (isinstance(name, str) and _NAMED.sub(".safetensors", name) == default):
+        raise CheckpointError(f"{config_path}: 'weights': expected {default}, or with its hash, got {name!r:.80}")
+    return config_path.with_name(name)
+
+
+def read_pair(config_path: Path, read: Callable[[], Read]) -> Read:
+    """`read()`, which reads a configuration and the tensors it names; again where another was saved meanwhile."""
+    while True:
+        before = written(config_path)
+        try:
+            return read()
+        except CheckpointError:
+            if written(config_path) == before:
+                raise
+
+
+def written(path: Path) -> tuple[int, int] | None:
+    """What tells one writing of a file from another; None where there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
+
+
+def write_pair(config_path: Path, config: Mapping[str, Any], default: str, weights: Mapping[str, Tensor]) -> None:
+    """Writes a configuration, with the name of its tensors' file as "weights", and its tensors, in one step.
+
+    Whoever reads the folder meanwhile, and whatever ends this process, finds this pair or the one before. Processes
+    that write the same pair take turns; on a file system without locks there must be only one.
+    """
+    folder, stem = config_path.parent, default.removesuffix(".safetensors")
+    with _alone(folder):
+        part = folder / f".{stem}.part"
+        _save(weights, part)
+        name = f"{stem}-{file_hash(part)[:DIGITS]}.safetensors"
+        os.replace(part, folder / name)
+        _write_text(config_path, json.dumps({**config, "weights": name}, indent=2) + "\n")
+        for other in (folder / default, *folder.glob(f"{stem}-*.safetensors")):
+            if other.name != name and (other.name == default or _NAMED.sub("", other.name) == stem):
+                other.unlink(missing_ok=True)
+
+
+def write_files(config_path: Path, config: Mapping[str, Any], weights: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes both under names that somebody else's format fixes: each file is whole, and writers take turns, but a
+    reader may find the new tensors beside the configuration before."""
+    with _alone(config_path.parent):
+        part = weights.with_name(f".{weights.name}.part")
+        _save(tensors, part)
+        os.replace(part, weights)
+        _write_text(config_path, json.dumps(config, indent=2) + "\n")
+
+
+def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
+    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _write_text(path: Path, text: str) -> None:
+    part = path.with_name(f".{path.name}.part")
+    with part.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Makes the folder, and waits until no other process writes a pair there; a process that ends lets it go."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+
+        place = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):  # Windows
+        yield
+        return
+    try:
+        try:
+            fcntl.flock(place, fcntl.LOCK_EX)
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(place)

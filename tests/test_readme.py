@@ -35,7 +35,7 @@ def test_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = {"MODEL": str(model), "ENCODER": str(encoder)}
     exec(compile(code, "README.md", "exec"), names)
     assert len(names["answers"]) == 5
-    assert (tmp_path / "my-policy" / "steering.safetensors").is_file()
+    assert len(list((tmp_path / "my-policy").glob("steering-*.safetensors"))) == 1
 
 
 def test_files_named_in_the_readme_exist() -> None:

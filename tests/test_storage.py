@@ -21,6 +21,11 @@ CONFIG, WEIGHTS = "steering.json", "steering.safetensors"
 USERS = ["alice", BASE, PRIOR]
 
 
+def weights_of(folder: Path) -> Path:
+    (path,) = folder.glob("steering*.safetensors")
+    return path
+
+
 def served(policy: SteerablePolicy) -> tuple[Tensor, Tensor]:
     """The rows of two users, and logits of a mixed batch."""
     if "alice" not in policy.users:
@@ -38,7 +43,11 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copy(saved: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(saved, tmp_path / "copy"))
+    """The saved policy as format 1 had it, with a fixed name for the tensors."""
+    folder = Path(shutil.copytree(saved, tmp_path / "copy"))
+    weights_of(folder).rename(folder / WEIGHTS)
+    edit_config(lambda c: (c.pop("weights"), c["base"].pop("revision"), c.update(format_version=1)))(folder)
+    return folder
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -47,20 +56,20 @@ def test_a_loaded_policy_is_the_saved_one_bit_for_bit(name: str, tmp_path: Path)
     policy = make_policy(make_model(name), film, ("scale", "none", "scale_shift"))
     wanted = served(policy)
     policy.save_pretrained(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [CONFIG, WEIGHTS]
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([CONFIG, weights_of(tmp_path).name])
     loaded = SteerablePolicy.from_pretrained(tmp_path, make_model(name))
     assert loaded.steering == policy.steering and not loaded.training
     assert all(torch.equal(a, b) for a, b in zip(served(loaded), wanted, strict=True))
     theirs = dict(loaded.named_parameters())
     assert all(torch.equal(p, theirs[name]) for name, p in policy.named_parameters())
     loaded.save_pretrained(tmp_path / "again")
-    assert (tmp_path / "again" / WEIGHTS).read_bytes() == (tmp_path / WEIGHTS).read_bytes()
+    assert weights_of(tmp_path / "again").read_bytes() == weights_of(tmp_path).read_bytes()
 
 
 def test_neither_base_nor_users_are_saved(saved: Path) -> None:
-    names = set(load_file(saved / WEIGHTS))
+    names = set(load_file(weights_of(saved)))
     assert all(name.startswith(("encoder.", "modulator.")) or ".fssa." in name for name in names)
-    assert (saved / WEIGHTS).stat().st_size < 100_000
+    assert weights_of(saved).stat().st_size < 100_000
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -68,7 +77,7 @@ def test_saving_in_half_the_bytes(dtype: torch.dtype, tmp_path: Path) -> None:
     policy = make_policy()
     rows, logits = served(policy)
     policy.save_pretrained(tmp_path, dtype=dtype)
-    assert {tensor.dtype for tensor in load_file(tmp_path / WEIGHTS).values()} == {dtype}
+    assert {tensor.dtype for tensor in load_file(weights_of(tmp_path)).values()} == {dtype}
     loaded = SteerablePolicy.from_pretrained(tmp_path, make_model())
     assert loaded.modulator.weight.dtype == torch.float32
     assert torch.equal(loaded.modulator.weight, policy.modulator.weight.to(dtype).float())
@@ -84,6 +93,21 @@ def test_saving_over_an_older_policy(copy: Path) -> None:
     policy.save_pretrained(copy)
     loaded = SteerablePolicy.from_pretrained(copy, make_model())
     assert all(torch.equal(a, b) for a, b in zip(served(loaded), wanted, strict=True))
+    assert sorted(p.name for p in copy.iterdir()) == sorted([CONFIG, weights_of(copy).name])  # the older ones are gone
+
+
+def test_a_policy_of_format_1_is_the_same(copy: Path) -> None:
+    loaded = SteerablePolicy.from_pretrained(copy, make_model())
+    assert all(torch.equal(a, b) for a, b in zip(served(loaded), served(make_policy()), strict=True))
+
+
+def test_damage_within_the_tensors_is_noticed(saved: Path, tmp_path: Path) -> None:
+    path = weights_of(Path(shutil.copytree(saved, tmp_path / "copy")))
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1  # the same names, shapes and dtypes, and a finite number
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match="damaged: its content is not that which its name says"):
+        SteerablePolicy.from_pretrained(path.parent, make_model())
 
 
 def test_base_and_tokenizer_by_path(tmp_path: Path) -> None:
@@ -215,9 +239,11 @@ HOSTILE: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
         CheckpointError,
         "'modulator.bias': .*infinity",
     ),
-    "a newer format": (edit_config(lambda c: c.update(format_version=2)), CheckpointError, "format_version 1, got 2"),
+    "weights elsewhere": (edit_config(lambda c: c.update(weights="../w")), CheckpointError, "'weights': expected"),
+    "other weights": (edit_config(lambda c: c.update(weights="w")), CheckpointError, "'weights': expected"),
+    "a newer format": (edit_config(lambda c: c.update(format_version=3)), CheckpointError, "1 or 2, got 3"),
     "a format of true": (edit_config(lambda c: c.update(format_version=True)), ConfigError, "format_version.*True"),
-    "no format": (edit_config(lambda c: c.pop("format_version")), CheckpointError, "format_version 1, got None"),
+    "no format": (edit_config(lambda c: c.pop("format_version")), CheckpointError, "format_version 1 or 2, got None"),
     "an unknown key": (edit_config(lambda c: c["config"].update(flim=True)), ConfigError, "config.flim: unknown key"),
     "a missing key": (edit_config(lambda c: c["config"].pop("encoder")), ConfigError, "config: .*'encoder'"),
     "a text for a rank": (

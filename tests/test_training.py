@@ -398,9 +398,10 @@ def test_training_separates_two_users_and_leaves_the_base_alone(tmp_path: Path) 
 
     checkpoint = tmp_path / "checkpoint-40"
     names = {path.name for path in checkpoint.iterdir()}
-    assert {"steering.json", "steering.safetensors", "optimizer.pt", "trainer_state.json"} <= names
+    assert {"steering.json", "optimizer.pt", "trainer_state.json"} <= names
     assert not {name for name in names if name.startswith(("model", "pytorch_model"))}
-    assert (checkpoint / "steering.safetensors").stat().st_size < 100_000
+    (weights,) = checkpoint.glob("steering-*.safetensors")
+    assert weights.stat().st_size < 100_000
     loaded = SteerablePolicy.from_pretrained(checkpoint, make_model(), tokenizer=make_tokenizer())
     theirs = dict(loaded.named_parameters())
     assert all(torch.equal(p, theirs[name]) for name, p in policy.named_parameters())

@@ -12,10 +12,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fssa_fast.arguments import check_count, check_tensor
-from fssa_fast.files import CheckpointError, check_fields, read_config, read_tensors, write_pair
+from fssa_fast.files import (
+    CheckpointError,
+    check_fields,
+    read_config,
+    read_pair,
+    read_tensors,
+    weights_path,
+    write_pair,
+)
 from fssa_fast.nn.context import ContextEncoder
 
-VERSION = 1
+VERSION = 2
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
 
 
@@ -70,10 +78,9 @@ class RewardModel(nn.Module):
         return self.decoder1(self.norm(hidden.flatten(0, -2)).relu().view(hidden.shape))
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
-        """Writes config.json and model.safetensors into `directory`."""
-        folder = Path(directory)
+        """Writes config.json and the tensors, model-<hash>.safetensors, into `directory`, in one step."""
         config = {"version": VERSION, "model": self.kind, **self.config}
-        write_pair(folder / CONFIG_NAME, config, folder / WEIGHTS_NAME, self.state_dict())
+        write_pair(Path(directory) / CONFIG_NAME, config, WEIGHTS_NAME, self.state_dict())
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike[str]) -> Self:
@@ -81,15 +88,18 @@ class RewardModel(nn.Module):
 
         Sizes and shapes are checked before they are used. Raises CheckpointError naming the file and what is wrong.
         """
-        path = Path(directory) / CONFIG_NAME
-        config = read_config(path, VERSION)
+        return read_pair(Path(directory) / CONFIG_NAME, lambda: cls._read(Path(directory) / CONFIG_NAME))
+
+    @classmethod
+    def _read(cls, path: Path) -> Self:
+        config = read_config(path, 1, VERSION)
         check_fields(str(path), config, {"model": str})
         own = {kind.kind: kind for kind in (BTL, DPL, NPBTL) if issubclass(kind, cls)}
         kinds = cast(dict[str, type[Self]], own)
         name = config.pop("model")
         if name not in kinds:
             raise CheckpointError(f"{path}: 'model': expected one of {sorted(kinds)}, got {name[:80]!r}")
-        kind = kinds[name]
+        kind, weights = kinds[name], weights_path(path, WEIGHTS_NAME, config.pop("weights", WEIGHTS_NAME))
         check_fields(str(path), config, kind.fields)
         for unknown in sorted(set(config) - set(kind.fields)):
             raise CheckpointError(f"{path}: {unknown[:80]!r} is not a field of {name}")
@@ -98,8 +108,12 @@ class RewardModel(nn.Module):
                 model = kind(**config)
         except ValueError as error:
             raise CheckpointError(f"{path}: {error}") from error
-        model.load_state_dict(read_tensors(Path(directory) / WEIGHTS_NAME, model.state_dict()), assign=True)
+        model.load_state_dict(read_tensors(weights, model.state_dict()), assign=True)
         return model.eval()
+
+    def load_weights(self, directory: str | os.PathLike[str]) -> None:
+        """Takes the tensors of a model of this kind and these sizes, saved in `directory`; as `from_pretrained`."""
+        self.load_state_dict(type(self).from_pretrained(directory).state_dict())
 
 
 class BTL(RewardModel):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from fssa_fast.files import CheckpointError, read_text, write_pair
+from fssa_fast.files import CheckpointError, read_json, write_files
 from fssa_fast.policy.policy import SteerablePolicy
 from fssa_fast.policy.storage import read_adapter
 from fssa_fast.steering.config import LoraConfig
@@ -53,12 +52,7 @@ def plain_adapter(policy: SteerablePolicy) -> int:
 def read_peft_config(directory: str | os.PathLike[str]) -> LoraConfig:
     """The adapter's configuration as ours. Raises CheckpointError for what is not plain LoRA on named projections."""
     path = Path(directory) / CONFIG_NAME
-    try:
-        data = json.loads(read_text(path))
-    except CheckpointError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not JSON: {error}") from error
+    data = read_json(path)
     if not isinstance(data, dict) or data.get("peft_type") != "LORA":
         raise CheckpointError(f"{path}: expected a LoRA adapter of PEFT")
     for key, plain in _PLAIN.items():
@@ -112,7 +106,7 @@ def save_peft(policy: SteerablePolicy, directory: str | os.PathLike[str]) -> Non
         "inference_mode": True,
     }
     folder = Path(directory)
-    write_pair(folder / CONFIG_NAME, config, folder / WEIGHTS_NAME, tensors)
+    write_files(folder / CONFIG_NAME, config, folder / WEIGHTS_NAME, tensors)
 
 
 def _peft_name(site: LoraSite, matrix: str) -> str:

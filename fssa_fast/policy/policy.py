@@ -122,9 +122,10 @@ class SteerablePolicy(nn.Module):
         return policy_from_reference(cls, directory, base, **options)
 
     def save_pretrained(self, directory: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> None:
-        """Writes steering.json and steering.safetensors: all but the base model, the embedder's weights and the users.
+        """Writes steering.json and the tensors it names: all but the base model, the embedder's weights and the users.
 
-        dtype: of the tensors written; None keeps each one's own. Each file is written in one step.
+        dtype: of the tensors written; None keeps each one's own. Saved over an older policy, whatever happens, the
+        folder holds one of the two; the older tensors go.
         """
         save_policy(self, directory, dtype)
 

@@ -1,8 +1,7 @@
-"""A saved policy: steering.json and steering.safetensors in one directory."""
+"""A saved policy: steering.json, and the tensors it names, steering-<hash>.safetensors, in one directory."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -12,7 +11,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fssa_fast.files import CheckpointError, read_tensors, read_text, write_pair
+from fssa_fast.files import CheckpointError, read_json, read_pair, read_tensors, weights_path, write_pair, written
 from fssa_fast.hub import find_folder, has_tokenizer, load_model, load_tokenizer, recall, remember
 from fssa_fast.nn import ContextEncoder, Modulator
 from fssa_fast.steering.attach import Attachment
@@ -62,7 +61,7 @@ class BaseDescription:
 
 @dataclass(frozen=True)
 class SavedPolicy:
-    """What steering.json holds."""
+    """What steering.json holds; weights: the name of the tensors' file beside it."""
 
     format_version: int
     config: SteeringConfig
@@ -70,6 +69,7 @@ class SavedPolicy:
     embedder: EmbedderConfig | None
     library_version: str
     chat: bool | None = None
+    weights: str = WEIGHTS_NAME
 
 
 def describe_base(model: Any) -> BaseDescription:
@@ -126,22 +126,22 @@ def save_policy(policy: Storable, directory: str | os.PathLike[str], dtype: torc
         policy.chat,
     )
     tensors = {name: tensor.to(dtype or tensor.dtype) for name, tensor in adapter_tensors(policy).items()}
-    write_pair(folder / CONFIG_NAME, to_json(saved), folder / WEIGHTS_NAME, tensors)
+    write_pair(folder / CONFIG_NAME, to_json(saved), WEIGHTS_NAME, tensors)
 
 
 def read_description(directory: str | os.PathLike[str]) -> SavedPolicy:
     """What steering.json says. Raises CheckpointError for a missing, damaged or newer file, ConfigError for a key."""
     path = Path(directory) / CONFIG_NAME
-    try:
-        data = json.loads(read_text(path))
-    except CheckpointError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not JSON: {error}") from error
+    data = read_json(path)
     version = data.get("format_version") if isinstance(data, dict) else None
-    if version != FORMAT_VERSION:
-        raise CheckpointError(f"{path}: expected format_version {FORMAT_VERSION}, got {version!r}")
+    if version not in (1, FORMAT_VERSION):
+        raise CheckpointError(f"{path}: expected format_version 1 or {FORMAT_VERSION}, got {version!r}")
     return from_json(SavedPolicy, data, str(path))
+
+
+def described_weights(directory: str | os.PathLike[str], saved: SavedPolicy) -> Path:
+    """The file of the tensors that go with a description read from `directory`."""
+    return weights_path(Path(directory) / CONFIG_NAME, WEIGHTS_NAME, saved.weights)
 
 
 def planned_tensors(config: SteeringConfig, layout: Layout) -> dict[str, Tensor]:
@@ -182,9 +182,13 @@ def fill_policy(policy: Storable, tensors: Mapping[str, Tensor]) -> None:
     policy.users.refresh()
 
 
-def load_adapter(policy: Storable, path: Path) -> None:
-    """Fills a policy from a safetensors file that has exactly its tensors."""
-    fill_policy(policy, read_adapter(path, planned_tensors(policy.steering, policy.layout)))
+def load_adapter(policy: Storable, directory: str | os.PathLike[str]) -> None:
+    """Fills a policy from a saved one that has exactly its tensors."""
+    wanted = planned_tensors(policy.steering, policy.layout)
+    fill_policy(policy, read_pair(
+        Path(directory) / CONFIG_NAME,
+        lambda: read_adapter(described_weights(directory, read_description(directory)), wanted),
+    ))  # fmt: skip
 
 
 def load_base(
@@ -224,12 +228,20 @@ def load_policy(
     capacity: int,
 ) -> Made:
     """`SteerablePolicy.from_pretrained`; `make` is the class."""
-    saved = read_description(directory)
+    path = Path(directory) / CONFIG_NAME
+    before, saved = written(path), read_description(directory)
     model, folder = load_base(base, saved.base.name_or_path, directory=directory, revision=saved.base.revision)
-    check_base(model, saved.base)
-    # Before anything is allocated, so that sizes are those of a file that exists.
-    wanted = planned_tensors(saved.config, plan_sites(model, saved.config))
-    tensors = read_adapter(Path(directory) / WEIGHTS_NAME, wanted)
+    while True:
+        check_base(model, saved.base)
+        # Before anything is allocated, so that sizes are those of a file that exists.
+        wanted = planned_tensors(saved.config, plan_sites(model, saved.config))
+        try:
+            tensors = read_adapter(described_weights(directory, saved), wanted)
+            break
+        except CheckpointError:
+            if written(path) == before:
+                raise  # else another policy was saved while the base was loaded
+            before, saved = written(path), read_description(directory)
     if saved.embedder is not None:
         if isinstance(embedder, TextEmbedder):
             embedder.check(saved.embedder)

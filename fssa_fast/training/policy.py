@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from fssa_fast.policy.policy import SteerablePolicy
-from fssa_fast.policy.storage import WEIGHTS_NAME, load_adapter
+from fssa_fast.policy.storage import load_adapter
 from fssa_fast.training.data import collate
 from fssa_fast.training.finite import NamesNaN
 from fssa_fast.training.objectives import NPDPOLoss, np_dpo, response_log_probs
@@ -227,7 +227,7 @@ class NPDPOTrainer(NamesNaN, Trainer):
             self.policy.save_pretrained(str(output_dir or self.args.output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        load_adapter(self.policy, Path(resume_from_checkpoint) / WEIGHTS_NAME)
+        load_adapter(self.policy, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))

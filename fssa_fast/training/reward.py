@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,9 +11,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from fssa_fast.data.choices import ChoiceData, ChoiceExamples, Example, pack_examples
-from fssa_fast.files import read_tensors
 from fssa_fast.nn import BTL, DPL, NPBTL, RewardModel
-from fssa_fast.nn.reward import WEIGHTS_NAME
 from fssa_fast.training.finite import NamesNaN
 from fssa_fast.training.objectives import Distribution, btl, dpl, np_btl
 from fssa_fast.training.scores import model_predictor, score
@@ -192,8 +189,7 @@ class RewardTrainer(NamesNaN, Trainer):
             self.reward.save_pretrained(str(output_dir or self.args.output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        model = self.reward
-        model.load_state_dict(read_tensors(Path(resume_from_checkpoint) / WEIGHTS_NAME, model.state_dict()))
+        self.reward.load_weights(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
