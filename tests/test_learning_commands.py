@@ -244,8 +244,9 @@ def test_a_policy_is_trained_measured_and_compared(models: Path) -> None:
     evaluated = {entry["step"]: entry["eval_loss"] for entry in record["log"] if "eval_loss" in entry}
     assert set(evaluated) == {15, 30} and sum("eval_accuracy" in entry for entry in record["log"]) == 2
     assert record["kept"] == {"step": min(evaluated, key=evaluated.__getitem__), "eval_loss": min(evaluated.values())}
-    best = load_file(policy / f"checkpoint-{record['kept']['step']}" / "steering.safetensors")
-    assert all(torch.equal(tensor, best[name]) for name, tensor in load_file(policy / "steering.safetensors").items())
+    best = load_file(*policy.glob(f"checkpoint-{record['kept']['step']}/steering-*.safetensors"))
+    kept = load_file(*policy.glob("steering-*.safetensors"))
+    assert all(torch.equal(tensor, best[name]) for name, tensor in kept.items())
     data = record["data"]
     assert data["validation users"] and not set(data["validation users"]) & set(data["training users"])
     samples = [json.loads(line) for line in (policy / "samples.jsonl").read_text().splitlines()]
