@@ -16,6 +16,7 @@ ROOMS = [  # from the top
     "__main__",
     "cli",
     "commands",
+    "serving",
     "reproduce",
     "evaluation",
     "training",

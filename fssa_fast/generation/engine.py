@@ -109,6 +109,16 @@ class Engine:
         self._thread: threading.Thread | None = None
         self._closed = False
 
+    @property
+    def running(self) -> int:
+        """How many requests have a row."""
+        return len(self._running)
+
+    @property
+    def waiting(self) -> int:
+        """How many requests wait for a row."""
+        return len(self._waiting)
+
     # ------------------------------------------------------------ requests
 
     def submit(
@@ -116,7 +126,7 @@ class Engine:
         prompt: Prompt,
         user: User,
         *,
-        max_new_tokens: int = 128,
+        max_new_tokens: int | None = 128,
         temperature: float = 0.0,
         top_p: float = 1.0,
         top_k: int = 0,
@@ -124,6 +134,7 @@ class Engine:
         stop: Sequence[str] = (),
         strength: float = 1.0,
         timeout: float | None = None,
+        namespace: str = "",
     ) -> Handle:
         """Adds a request; it begins when there is room.
 
@@ -131,10 +142,12 @@ class Engine:
             prompt: a text (told as `policy.chat` says), a chat, or token ids.
             user: a name, BASE, PRIOR, or a blend: names with weights. The row is kept as it is now until the request
                 ends, whatever happens to the users meanwhile.
+            max_new_tokens: None takes as many as fit.
             temperature: 0 takes the likeliest token. top_p, top_k: 1 and 0 keep all tokens. seed: None draws one.
             stop: texts, the first of which to appear in the answer ends it.
             strength: how strongly the user steers; 0 is the base model.
             timeout: seconds from now, after which the request ends with what there is.
+            namespace: what others have computed is found again within the same one only.
 
         Raises: UnknownUser; QueueFull; EngineClosed; BankFull where a blend or a strength finds no free row;
             TypeError, ValueError for an empty prompt, one that does not fit with its answer, a number out of range.
@@ -144,11 +157,14 @@ class Engine:
             raise ValueError(f"stop: expected a list of texts, none of them empty, got {stop!r}")
         if stop and self._policy.tokenizer is None:
             raise ValueError("stop: expected none, since this policy has no tokenizer")
-        check_count("max_new_tokens", max_new_tokens)
+        if max_new_tokens is not None:
+            check_count("max_new_tokens", max_new_tokens)
         if timeout is not None and (not isinstance(timeout, Real) or math.isnan(timeout)):
             raise ValueError(f"timeout: expected a number of seconds, got {timeout!r}")
         sampler = Sampler(Sampling(temperature, top_p, top_k, seed))
         tokens = self._tokens(prompt)
+        if max_new_tokens is None:
+            max_new_tokens = max(1, self.max_length - len(tokens))
         if len(tokens) + max_new_tokens > self.max_length:
             raise ValueError(
                 f"prompt: expected at most {self.max_length} tokens with the answer, "
@@ -156,7 +172,7 @@ class Engine:
             )
         handle = Handle(self, self._policy.tokenizer, tuple(stop))
         with ExitStack() as held:
-            slot, root = self._hold(held, user, strength)
+            slot, root = self._hold(held, user, strength, namespace)
             request = Request(
                 handle=handle,
                 tokens=tokens,
@@ -306,6 +322,8 @@ class Engine:
             with self._state:
                 self._waiting.popleft()
             request.row, request.blocks, request.computed = self._rows.pop(), found, len(found) * self._block
+            if request.cached is None:
+                request.cached = min(request.computed, request.prompt_length)
             self._running.append(request)
 
     def _plan(self) -> list[tuple[Request, int]]:
@@ -387,7 +405,7 @@ class Engine:
 
     def _advance(self, request: Request, token: int) -> None:
         request.tokens.append(token)
-        request.handle._pieces.put(token)
+        request.handle._give(token)
         if token in self._ends:
             self._finish(request, "end")
         elif request.stop and first_stop(self._tail(request), request.stop) is not None:
@@ -417,7 +435,7 @@ class Engine:
             text = self._policy.tokenizer.decode(answer, skip_special_tokens=True)
             at = first_stop(text, request.stop)
             text = text if at is None else text[:at]
-        request.handle._result = Result(answer, text, reason)
+        request.handle._result = Result(answer, text, reason, request.prompt_length, request.cached or 0)
         self._end(request)
 
     def _fail(self, request: Request, error: BaseException) -> None:
@@ -429,7 +447,7 @@ class Engine:
             self._leave(request)
         request.held.close()
         request.handle._finished.set()
-        request.handle._pieces.put(None)
+        request.handle._give(None)
         with self._state:
             self._open -= 1
             self._state.notify_all()
@@ -451,7 +469,7 @@ class Engine:
             raise ValueError(f"prompt: expected token ids in [0, {self._fused.vocabulary}), got {bad[0]}")
         return tokens
 
-    def _hold(self, held: ExitStack, user: User, strength: float) -> tuple[int, bytes]:
+    def _hold(self, held: ExitStack, user: User, strength: float, namespace: str) -> tuple[int, bytes]:
         """The slot of the user's row, kept until `held` closes, and what the row's prefixes are known by."""
         users, bank = self._policy.users, self._policy.bank
         weights = {user: 1.0} if isinstance(user, str) else dict(user)
@@ -468,7 +486,8 @@ class Engine:
                 bank.rows[slot] = row
             held.callback(bank.release, slot)
         row = bank.rows[slot].detach().cpu().contiguous()
-        known_by = repr((sorted(weights.items()), strength)).encode() + b"\0" + row.view(torch.uint8).numpy().tobytes()
+        known_by = repr((namespace, sorted(weights.items()), strength)).encode() + b"\0"
+        known_by += row.view(torch.uint8).numpy().tobytes()
         return slot, hashlib.blake2b(known_by, digest_size=16).digest()
 
 

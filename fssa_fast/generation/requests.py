@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -20,11 +20,14 @@ class Result:
 
     reason: "end" (the model ended its answer), "stop" (a stop string), "length" (max_new_tokens), "cancelled",
     "deadline"; for the last two, what there was until then.
+    prompt_tokens: how many the prompt has. cached_tokens: how many of these were found in the cache.
     """
 
     tokens: list[int]
     text: str | None
     reason: Reason
+    prompt_tokens: int
+    cached_tokens: int
 
 
 class Driver(Protocol):
@@ -43,7 +46,8 @@ class Handle:
     """A request under way. Its methods may be called from any thread."""
 
     def __init__(self, engine: Driver, tokenizer: Any, stop: tuple[str, ...]) -> None:
-        self._engine, self._tokenizer, self._stop = engine, tokenizer, stop
+        self._engine, self._tokenizer, self.stop = engine, tokenizer, stop
+        self._wake: Callable[[], None] | None = None
         self._pieces: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._finished = threading.Event()
         self._cancelled = False
@@ -70,6 +74,29 @@ class Handle:
         assert self._result is not None
         return self._result
 
+    def listen(self, wake: Callable[[], None]) -> None:
+        """Calls `wake` now and whenever something has come that `take` gives: at once, in the engine's thread."""
+        self._wake = wake
+        wake()
+
+    def take(self) -> tuple[list[int], bool]:
+        """The tokens that have come since the last call, and whether they are the last; does not wait.
+
+        In place of iterating, for whoever cannot spare a thread to wait in.
+        """
+        tokens: list[int] = []
+        with suppress(queue.Empty):
+            while (token := self._pieces.get_nowait()) is not None:
+                tokens.append(token)
+            return tokens, True
+        return tokens, False
+
+    def _give(self, token: int | None) -> None:
+        """The engine's: a token that has come, or None for the end."""
+        self._pieces.put(token)
+        if self._wake is not None:
+            self._wake()
+
     def __iter__(self) -> Iterator[int]:
         """The tokens as they come; once. Raises what the request failed of."""
         while True:
@@ -87,13 +114,13 @@ class Handle:
             raise ValueError("text: expected a policy with a tokenizer; this one was made without")
         tokens: list[int] = []
         given = 0
-        held = max((len(stop) for stop in self._stop), default=1) - 1  # perhaps the beginning of a stop string
+        held = max((len(stop) for stop in self.stop), default=1) - 1  # perhaps the beginning of a stop string
         for token in self:
             tokens.append(token)
             text = self._tokenizer.decode(tokens, skip_special_tokens=True)
             end = len(text) - held
             if end > given and not text.endswith("\ufffd"):
-                at = first_stop(text, self._stop)
+                at = first_stop(text, self.stop)
                 piece = text[given : end if at is None else min(end, at)]
                 given += len(piece)
                 if piece:
@@ -121,6 +148,7 @@ class Request:
     row: int = -1
     blocks: list[int] = field(default_factory=list)
     keys: list[bytes] = field(default_factory=list)
+    cached: int | None = None  # tokens that were in the cache when it first began
     computed: int = 0  # tokens whose keys and values are in the cache
 
     @property

@@ -51,6 +51,11 @@ class Bank:
         return self.rows[:, : self.modulated]
 
     @property
+    def used(self) -> int:
+        """How many slots are not free."""
+        return self.capacity - len(self._free)
+
+    @property
     def strengths(self) -> Tensor:
         """The columns that hold the plain adapters' strengths: a view [S, P]."""
         return self.rows[:, self.modulated :]

@@ -274,8 +274,8 @@ class SqliteStore:
                 self._erase(f"user {name!r} is removed")
         return row is not None
 
-    def names(self, *, not_by: str | None = None) -> Iterator[str]:
-        last = ""
+    def names(self, after: str = "", *, not_by: str | None = None) -> Iterator[str]:
+        last = after
         while True:  # a page at a time: nothing is locked in between
             with self._reading() as db:
                 page = db.execute(

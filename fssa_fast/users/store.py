@@ -104,8 +104,8 @@ class UserStore(Protocol):
         Raises StoreError where the user is removed, but older copies could not be erased: it says so.
         """
 
-    def names(self, *, not_by: str | None = None) -> Iterator[str]:
-        """All names, in order; those added or removed meanwhile may be among them or not.
+    def names(self, after: str = "", *, not_by: str | None = None) -> Iterator[str]:
+        """All names after this one, in order; those added or removed meanwhile may be among them or not.
 
         not_by: only of users whose latents that encoder has not made.
         """

@@ -7,7 +7,7 @@ import itertools
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from types import MappingProxyType
@@ -154,6 +154,19 @@ class StoredUsers(Users):
                 while len(self._growing) > self.GROWING:
                     self._growing.popitem(last=False)
             return user
+
+    def remove_choices(self, name: str, which: Callable[[Option, Option], bool]) -> int:
+        """Removes those of a user's choices, (chosen, rejected), that are asked for, and returns how many.
+
+        Raises ValueError for a user whose choices were not kept; StoreConflict where they were changed meanwhile.
+        """
+        with self._changing(name):
+            stored, known = self._stored(name), self.choices(name)
+            kept = [pair for pair in known if not which(*pair)]
+            if len(kept) < len(known):
+                (latent,), encoder = self._encode([_pairs(kept, self._width)])
+                self._commit([self._changed(stored, kept, True, latent=_at_rest(latent), encoder=encoder)])
+            return len(known) - len(kept)
 
     def scale(self, name: str, strength: float) -> User:
         """Sets how strongly a user steers: 0 is the base model, 1 as encoded, beyond 1 exaggerates."""

@@ -1,0 +1,71 @@
+"""`fssa serve`: the policy over HTTP; and `fssa key`, who may ask."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fssa_fast.commands.options import Base, Embedder, Policy, Store
+
+
+def serve(
+    policy: Policy,
+    store: Store,
+    base: Base = None,
+    embedder: Embedder = None,
+    name: Annotated[str | None, typer.Option(help="The policy's name for clients; its folder's, if not given.")] = None,
+    host: Annotated[str, typer.Option(help="Where to listen; beyond the loopback only with --api-keys.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0 takes a free one.")] = 8000,
+    api_keys: Annotated[Path | None, typer.Option(help="Keys as `fssa key` writes them.")] = None,
+    create_users: Annotated[bool, typer.Option(help="A user's first choice makes the user.")] = False,
+    rows: Annotated[int, typer.Option(help="Requests that run at once.")] = 32,
+    cache_tokens: Annotated[int, typer.Option(help="Tokens in the cache, of all requests together.")] = 16384,
+    waiting: Annotated[int, typer.Option(help="Requests that may wait.")] = 1024,
+    grace: Annotated[float, typer.Option(help="Seconds that running requests have when the server is stopped.")] = 30.0,
+    ssl_certfile: Annotated[Path | None, typer.Option(help="A certificate: serves HTTPS.")] = None,
+    ssl_keyfile: Annotated[Path | None, typer.Option(help="The certificate's key.")] = None,
+) -> None:  # fmt: skip
+    """Serve an OpenAI-compatible API, whose field `user` steers, and a page to try it on."""
+    from fssa_fast.commands.extras import needs
+
+    with needs("serve"):
+        from fssa_fast.serving import Settings, make_app
+        from fssa_fast.serving.keys import read_keys
+        from fssa_fast.serving.server import is_loopback, run
+    from fssa_fast.policy import SteerablePolicy
+    from fssa_fast.users import SqliteStore
+
+    keys = None if api_keys is None else read_keys(api_keys)
+    if keys is None and not is_loopback(host):
+        raise ValueError(f"host: expected the loopback, since no --api-keys are given; got {host}")
+    loaded = SteerablePolicy.from_pretrained(policy, base, embedder=embedder, capacity=max(64, 4 * rows))
+    users = SqliteStore(store)
+    loaded.use_store(users)
+    engine = loaded.engine(max_rows=rows, max_tokens=cache_tokens, max_waiting=waiting, step_tokens=max(256, rows))
+    app = make_app(loaded, engine, users, Settings(name or policy.resolve().name, create_users), keys)
+    typer.echo(f"http{'s' if ssl_certfile else ''}://{host}:{port}/", err=True)
+    run(app, host=host, port=port, grace_seconds=grace,
+        ssl_certfile=ssl_certfile, ssl_keyfile=ssl_keyfile)  # fmt: skip
+    users.close()
+
+
+def key(
+    file: Annotated[Path, typer.Argument(help="The file for `--api-keys`, made where there is none.")],
+    namespace: Annotated[str, typer.Argument(help="Whose users the key sees: small letters, digits, hyphens.")] = "",
+    admin: Annotated[bool, typer.Option(help="A key that sees everybody's, in place of a namespace.")] = False,
+    requests_per_minute: Annotated[int | None, typer.Option(help="No limit, if not given.")] = None,
+    tokens_per_minute: Annotated[int | None, typer.Option(help="Of prompts and answers.")] = None,
+    open_requests: Annotated[int | None, typer.Option(help="That run or wait at once.")] = None,
+) -> None:  # fmt: skip
+    """Make a key for `fssa serve`, and print it: the file holds its SHA-256 only."""
+    from fssa_fast.commands.extras import needs
+
+    with needs("serve"):
+        from fssa_fast.serving.keys import add_key
+
+    typer.echo(
+        add_key(file, namespace=namespace, admin=admin, requests_per_minute=requests_per_minute,
+                tokens_per_minute=tokens_per_minute, open_requests=open_requests)
+    )  # fmt: skip

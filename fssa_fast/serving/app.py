@@ -1,0 +1,92 @@
+"""The server's app."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from fastapi import FastAPI
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.responses import FileResponse, Response
+
+from fssa_fast import __version__
+from fssa_fast.generation import Engine
+from fssa_fast.policy import SteerablePolicy
+from fssa_fast.serving import completions, errors, people
+from fssa_fast.serving.bridge import Bridge
+from fssa_fast.serving.errors import ApiError, json_response
+from fssa_fast.serving.guard import Guard
+from fssa_fast.serving.keys import Key, Keys
+from fssa_fast.serving.service import Asking, Service, Serving
+from fssa_fast.serving.settings import Settings
+from fssa_fast.users.store import UserStore
+
+PAGE = Path(__file__).parent / "page"
+_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
+
+
+def make_app(
+    policy: SteerablePolicy, engine: Engine, store: UserStore, settings: Settings, keys: list[Key] | None = None
+) -> FastAPI:
+    """An app that serves the policy's users; it closes the engine when it ends.
+
+    Args:
+        policy: with a tokenizer, and with its users in `store`. engine: made by it, with a thread of its own.
+        keys: whose requests are answered; None answers everybody, and only to the names of the loopback.
+
+    Raises ValueError for a policy without tokenizer or store.
+    """
+    if policy.tokenizer is None:
+        raise ValueError("policy: expected one with a tokenizer, got one without")
+    service = Service(policy, engine, store, Keys(keys), settings)
+
+    @contextlib.asynccontextmanager
+    async def life(app: FastAPI) -> AsyncIterator[None]:
+        service.bridge = Bridge(asyncio.get_running_loop())
+        try:
+            yield
+        finally:
+            service.draining = True
+            await asyncio.to_thread(service.close)
+
+    app = FastAPI(title="fssa_fast", version=__version__, lifespan=life, docs_url=None, redoc_url=None)
+    app.state.service = service
+    errors.install(app)
+    app.include_router(completions.router)
+    app.include_router(people.router)
+
+    @app.get("/health", tags=["server"])
+    async def health() -> Response:
+        """Whether the server is alive."""
+        return json_response({"status": "ok"})
+
+    @app.get("/ready", tags=["server"])
+    async def ready(service: Serving) -> Response:
+        """Whether the server takes requests."""
+        if service.draining:
+            raise errors.shutting_down()
+        return json_response({"status": "ok"})
+
+    @app.get("/metrics", tags=["server"])
+    async def metrics(service: Serving, client: Asking) -> Response:
+        """Figures for Prometheus; with keys, for an admin's."""
+        if not client.admin:
+            raise ApiError(403, "admin_only", "metrics: expected an admin's key")
+        return Response(service.metrics.page(), media_type="text/plain; version=0.0.4")
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> Response:
+        return FileResponse(PAGE / "index.html", media_type="text/html")
+
+    @app.get("/page/{name}", include_in_schema=False)
+    async def part(name: str) -> Response:
+        if name not in ("page.css", "page.js"):
+            raise ApiError(404, "not_found", "Not Found")
+        return FileResponse(PAGE / name, media_type=_TYPES[Path(name).suffix])
+
+    if keys is None:  # else a foreign page could reach it by a name of its own that leads to the loopback
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "[::1]"])
+    app.add_middleware(Guard, service=service)
+    return app

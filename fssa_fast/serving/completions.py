@@ -1,0 +1,420 @@
+"""/v1/models, /v1/chat/completions, /v1/completions."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from fssa_fast.generation import Handle, Result
+from fssa_fast.generation.prompts import has_template
+from fssa_fast.generation.requests import first_stop
+from fssa_fast.serving.errors import ApiError, failure, json_response, translated, unknown_user
+from fssa_fast.serving.forms import ChatForm, CompletionOptions, TextForm
+from fssa_fast.serving.keys import Client
+from fssa_fast.serving.remembered import Completion
+from fssa_fast.serving.service import Asking, Service, Serving
+from fssa_fast.users import BASE, PRIOR, UnknownUser
+
+router = APIRouter(prefix="/v1", tags=["completions"])
+
+_REASONS = {"end": "stop", "stop": "stop", "length": "length"}
+
+
+@router.get("/models")
+async def models(service: Serving, client: Asking) -> Response:
+    """The policy, and its base model."""
+    return json_response({"object": "list", "data": [_model(name) for name in _names(service)]})
+
+
+@router.get("/models/{name:path}")
+async def model(name: str, service: Serving, client: Asking) -> Response:
+    """One of the two."""
+    if name not in _names(service):
+        raise _unknown_model(service, name)
+    return json_response(_model(name))
+
+
+@router.post("/chat/completions")
+async def chat(form: ChatForm, request: Request, service: Serving, client: Asking) -> Response:
+    """Answers a chat."""
+    messages = [{"role": _role(message.role), "content": message.text()} for message in form.messages]
+    asked = next((m["content"] for m in reversed(messages) if m["role"] == "user"), "")
+    prompt: Any = messages if tells_chats(service) else "\n".join(message["content"] for message in messages) + "\n"
+    limit = form.max_tokens or form.max_completion_tokens
+    logprobs = (form.top_logprobs or 0) if form.logprobs else None
+    return await _answer(_Chat, form, [prompt], [asked], limit, logprobs, request, service, client)
+
+
+@router.post("/completions")
+async def complete(form: TextForm, request: Request, service: Serving, client: Asking) -> Response:
+    """Continues texts."""
+    prompts = form.prompts()
+    asked = [one if isinstance(one, str) else service.policy.tokenizer.decode(one) for one in prompts]
+    return await _answer(
+        _Text, form, prompts, asked, form.max_tokens, form.logprobs, request, service, client
+    )  # fmt: skip
+
+
+def _names(service: Service) -> tuple[str, str]:
+    return service.settings.name, f"{service.settings.name}:base"
+
+
+def _model(name: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": 0, "owned_by": "fssa"}
+
+
+def _unknown_model(service: Service, name: str) -> ApiError:
+    names = " or ".join(_names(service))
+    return ApiError(404, "model_not_found", f"model: expected {names}, got {name!r:.200}", "model")
+
+
+def tells_chats(service: Service) -> bool:
+    """Whether chats are told by the tokenizer's template: where the policy was trained so, or does not say."""
+    chat = service.policy.chat
+    return has_template(service.policy.tokenizer) if chat is None else chat
+
+
+def _role(role: str) -> str:
+    return "system" if role == "developer" else role
+
+
+# ------------------------------------------------------------ from a form to the engine
+
+
+@dataclass(frozen=True)
+class Whom:
+    """Whose rows steer, by stored names, how strongly, and, for feedback, for which one user the answer is."""
+
+    user: str | Mapping[str, float]
+    strength: float
+    one: str | None
+
+
+def whom(form: CompletionOptions, service: Service, client: Client) -> Whom:
+    """Whom a request is for. Raises ApiError for an unknown model or name; users are looked up by the engine."""
+    policy, base = _names(service)
+    if form.model not in (policy, base):
+        raise _unknown_model(service, form.model)
+    one = None if form.user is None else client.stored(form.user)
+    steering = form.steering
+    if form.model == base:
+        if steering is not None:
+            raise ApiError(
+                400, "invalid_value", f"steering: expected none with {base}, which nobody steers", "steering"
+            )
+        return Whom(BASE, 1.0, one)
+    if steering is not None and steering.users is not None:
+        names = {name if name in (BASE, PRIOR) else client.stored(name): w for name, w in steering.users.items()}
+        return Whom(names, steering.strength, None)
+    return Whom(PRIOR if one is None else one, 1.0 if steering is None else steering.strength, one)
+
+
+def submit(
+    service: Service, client: Client, whom: Whom, prompts: Sequence[Any], count: int, limit: int | None,
+    options: Mapping[str, Any],
+) -> list[Handle]:  # fmt: skip
+    """Begins `count` answers to each prompt. Raises ApiError, or what the engine raises; none is begun then."""
+    handles: list[Handle] = []
+    user: str | Mapping[str, float] = whom.user
+    if service.settings.create_users and isinstance(user, str) and user == whom.one and user not in service.users:
+        user = PRIOR  # made by the first choice: nothing is known of this user until then
+    seed = options.get("seed")
+    try:
+        for prompt in prompts:
+            for number in range(count):
+                own = {**options, "seed": None if seed is None else (seed + number) % (1 << 63)}
+                handles.append(
+                    service.engine.submit(
+                        prompt, user, max_new_tokens=limit, strength=whom.strength, namespace=client.namespace, **own
+                    )
+                )
+    except BaseException as error:
+        for handle in handles:
+            handle.cancel()
+        if isinstance(error, UnknownUser):
+            names = [user] if isinstance(user, str) else list(user)
+            missing = [name for name in names if name not in (BASE, PRIOR) and name not in service.users]
+            raise unknown_user(client.public((missing or names)[0])) from error
+        raise
+    return handles
+
+
+def sampling(form: CompletionOptions, logprobs: int | None) -> dict[str, Any]:
+    """The engine's arguments for how tokens are chosen."""
+    if logprobs is not None:
+        raise ApiError(400, "unsupported_parameter", "logprobs: not supported by this server", "logprobs")
+    for name in ("presence_penalty", "frequency_penalty", "logit_bias"):
+        if getattr(form, name):
+            raise ApiError(400, "unsupported_parameter", f"{name}: not supported by this server", name)
+    stop = [form.stop] if isinstance(form.stop, str) else form.stop or []
+    if not all(stop):
+        raise ApiError(400, "invalid_value", "stop: expected texts that are not empty", "stop")
+    return {"temperature": form.temperature, "top_p": form.top_p, "seed": form.seed, "stop": stop}
+
+
+async def _answer(
+    kind: type[_Kind], form: CompletionOptions, prompts: Sequence[Any], asked: Sequence[str], limit: int | None,
+    logprobs: int | None, request: Request, service: Service, client: Client,
+) -> Response:  # fmt: skip
+    began = time.perf_counter()
+    for_whom = whom(form, service, client)
+    options = sampling(form, logprobs)
+    with ExitStack() as held:
+        held.enter_context(client.open())
+        try:
+            handles = await service.call(submit, service, client, for_whom, prompts, form.n, limit, options)
+        except Exception as error:
+            raise translated(error) from error
+        for handle in handles:
+            held.callback(handle.cancel)
+        answers = Answers(service, client, handles, began)
+        completion = kind(form.model, answers)
+
+        def remember(results: Sequence[Result]) -> None:
+            if len(prompts) == 1:  # feedback is on answers to one prompt
+                texts = tuple(result.text or "" for result in results)
+                one = Completion(for_whom.one, asked[0], texts)
+                service.completions.put((client.namespace, completion.id), one, one.size())
+
+        if not form.stream:
+            results = await _unless_gone(request, answers.all())
+            if results is None:
+                return Response(status_code=499)  # nobody is there to read it
+            remember(results)
+            return json_response(completion.whole(results, form.n))
+        with_usage = form.stream_options is not None and form.stream_options.include_usage
+        return _Events(completion.events(with_usage, form.n, remember), held.pop_all())
+
+
+class _Events(StreamingResponse):
+    """Server-sent events; whatever becomes of the client, what they stand on is let go at their end."""
+
+    def __init__(self, events: AsyncIterator[str], held: ExitStack) -> None:
+        super().__init__(events, headers={"Cache-Control": "no-cache"}, media_type="text/event-stream")
+        self._held = held
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._held:
+            await super().__call__(scope, receive, send)
+
+
+async def _unless_gone(request: Request, work: Any) -> Any:
+    """What the work gives, or None where the client has gone before."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    tasks = [asyncio.ensure_future(work), asyncio.ensure_future(gone())]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        return tasks[0].result() if tasks[0].done() else None
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+# ------------------------------------------------------------ answers as they come
+
+
+class Answers:
+    """The texts of some requests as they come, with the server's figures about them."""
+
+    def __init__(self, service: Service, client: Client, handles: Sequence[Handle], began: float) -> None:
+        self.handles = handles
+        self._service, self._client, self._last = service, client, [began] * len(handles)
+        self._begun = [False] * len(handles)
+
+    async def pieces(self) -> AsyncIterator[tuple[int, str, Result | None]]:
+        """What comes: of which request, a piece of its text, and, with the last one, its result."""
+        texts = [PiecewiseText(self._service.policy.tokenizer, handle) for handle in self.handles]
+        async for index, tokens, ended in self._service.bridge.follow(self.handles):
+            self._time(index, len(tokens))
+            piece = texts[index].add(tokens)
+            if ended:
+                result = self.handles[index].result()
+                self._count(result)
+                yield index, piece + texts[index].rest(result), result
+            elif piece:
+                yield index, piece, None
+
+    async def all(self) -> list[Result]:
+        """All results, in order."""
+        results: list[Any] = [None] * len(self.handles)
+        async for index, tokens, ended in self._service.bridge.follow(self.handles):
+            self._time(index, len(tokens))
+            if ended:
+                results[index] = self.handles[index].result()
+                self._count(results[index])
+        return results
+
+    def _time(self, index: int, tokens: int) -> None:
+        if tokens:
+            now = time.perf_counter()
+            seconds, self._last[index] = now - self._last[index], now
+            metrics = self._service.metrics
+            (metrics.between if self._begun[index] else metrics.first).observe(seconds)
+            self._begun[index] = True
+
+    def _count(self, result: Result) -> None:
+        metrics = self._service.metrics
+        metrics.prompt_tokens.inc(result.prompt_tokens)
+        metrics.cached_tokens.inc(result.cached_tokens)
+        metrics.answer_tokens.inc(len(result.tokens))
+        self._client.charge(result.prompt_tokens + len(result.tokens))
+
+
+def usage(results: Sequence[Result], count: int) -> dict[str, Any]:
+    """Tokens of some answers, `count` to a prompt: a prompt counts once."""
+    prompt = sum(result.prompt_tokens for result in results[::count])
+    answer = sum(len(result.tokens) for result in results)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": answer,
+        "total_tokens": prompt + answer,
+        "prompt_tokens_details": {"cached_tokens": sum(result.cached_tokens for result in results[::count])},
+    }
+
+
+class PiecewiseText:
+    """The text of one request as it comes, in pieces of whole characters that end before a stop string."""
+
+    def __init__(self, tokenizer: Any, handle: Handle) -> None:
+        self._tokenizer, self._stop = tokenizer, handle.stop
+        self._tokens: list[int] = []
+        self._given = 0
+        self._held = max((len(stop) for stop in self._stop), default=1) - 1  # perhaps the beginning of a stop string
+
+    def add(self, tokens: Sequence[int]) -> str:
+        """What is certain of the text with these tokens, and was not before."""
+        self._tokens += tokens
+        text = self._tokenizer.decode(self._tokens, skip_special_tokens=True)
+        at = first_stop(text, self._stop)
+        end = max(0, len(text) - self._held) if at is None else at
+        if text.endswith("\ufffd"):  # perhaps the beginning of a character
+            return ""
+        piece = text[self._given : end]
+        self._given += len(piece)
+        return piece
+
+    def rest(self, result: Result) -> str:
+        """What of the result's text has not been given."""
+        return (result.text or "")[self._given :]
+
+
+# ------------------------------------------------------------ OpenAI's forms
+
+
+class _Kind:
+    """A completion in one of OpenAI's forms."""
+
+    prefix: str
+    object: str
+    chunk: str
+
+    def __init__(self, model: str, answers: Answers) -> None:
+        self.id = self.prefix + uuid.uuid4().hex
+        self._model, self._answers, self._created = model, answers, int(time.time())
+
+    def choice(self, index: int, result: Result) -> dict[str, Any]:
+        """A whole answer."""
+        raise NotImplementedError
+
+    def first(self, index: int) -> dict[str, Any] | None:
+        """What a stream of an answer begins with."""
+        raise NotImplementedError
+
+    def piece(self, index: int, text: str) -> dict[str, Any]:
+        """A piece of an answer."""
+        raise NotImplementedError
+
+    def last(self, index: int, reason: str) -> dict[str, Any]:
+        """What a stream of an answer ends with."""
+        raise NotImplementedError
+
+    def whole(self, results: Sequence[Result], count: int) -> dict[str, Any]:
+        """The body of what is not streamed; count: answers to a prompt."""
+        choices = [self.choice(index, result) for index, result in enumerate(results)]
+        return {**self._head(self.object), "choices": choices, "usage": usage(results, count)}
+
+    async def events(
+        self, with_usage: bool, count: int, remember: Callable[[Sequence[Result]], None]
+    ) -> AsyncIterator[str]:
+        """The events of what is streamed; the completion is remembered before the client knows that it has ended."""
+        head = self._head(self.chunk)
+        if with_usage:
+            head["usage"] = None
+
+        def event(choice: dict[str, Any]) -> str:
+            return f"data: {json.dumps({**head, 'choices': [choice]})}\n\n"
+
+        results: list[Any] = [None] * len(self._answers.handles)
+        left = len(results)
+        try:
+            for index in range(left):
+                if (first := self.first(index)) is not None:
+                    yield event(first)
+            async for index, text, result in self._answers.pieces():
+                if text:
+                    yield event(self.piece(index, text))
+                if result is not None:
+                    results[index], left = result, left - 1
+                    if not left:
+                        remember(results)
+                    yield event(self.last(index, _REASONS[result.reason]))
+        except Exception as error:  # the status has been sent: what is left is to say it in the stream
+            yield f"data: {json.dumps(failure(error).body())}\n\n"
+            return
+        if with_usage:
+            yield f"data: {json.dumps({**head, 'choices': [], 'usage': usage(results, count)})}\n\n"
+        yield "data: [DONE]\n\n"
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": self._created, "model": self._model}
+
+
+class _Chat(_Kind):
+    prefix, object, chunk = "chatcmpl-", "chat.completion", "chat.completion.chunk"
+
+    def choice(self, index: int, result: Result) -> dict[str, Any]:
+        message = {"role": "assistant", "content": result.text, "refusal": None}
+        return {"index": index, "message": message, "logprobs": None, "finish_reason": _REASONS[result.reason]}
+
+    def first(self, index: int) -> dict[str, Any] | None:
+        return self._delta(index, {"role": "assistant", "content": ""})
+
+    def piece(self, index: int, text: str) -> dict[str, Any]:
+        return self._delta(index, {"content": text})
+
+    def last(self, index: int, reason: str) -> dict[str, Any]:
+        return {**self._delta(index, {}), "finish_reason": reason}
+
+    @staticmethod
+    def _delta(index: int, delta: dict[str, Any]) -> dict[str, Any]:
+        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+
+
+class _Text(_Kind):
+    prefix, object, chunk = "cmpl-", "text_completion", "text_completion"
+
+    def choice(self, index: int, result: Result) -> dict[str, Any]:
+        return {**self.piece(index, result.text or ""), "finish_reason": _REASONS[result.reason]}
+
+    def first(self, index: int) -> dict[str, Any] | None:
+        return None
+
+    def piece(self, index: int, text: str) -> dict[str, Any]:
+        return {"index": index, "text": text, "logprobs": None, "finish_reason": None}
+
+    def last(self, index: int, reason: str) -> dict[str, Any]:
+        return {**self.piece(index, ""), "finish_reason": reason}

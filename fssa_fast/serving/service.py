@@ -1,0 +1,118 @@
+"""What all routes of a server share."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Annotated, Any, ParamSpec, TypeVar
+
+from fastapi import Depends, Request
+from starlette.responses import Response
+
+from fssa_fast.generation import Engine
+from fssa_fast.policy import SteerablePolicy
+from fssa_fast.serving.bridge import Bridge
+from fssa_fast.serving.errors import ApiError
+from fssa_fast.serving.keys import Client, Keys
+from fssa_fast.serving.metrics import Metrics
+from fssa_fast.serving.remembered import Completion, Remembered, Written
+from fssa_fast.serving.settings import Settings
+from fssa_fast.users import StoredUsers
+from fssa_fast.users.store import UserStore
+
+Arguments = ParamSpec("Arguments")
+Value = TypeVar("Value")
+
+
+class Service:
+    """A policy, its engine, its users at rest, and what the server remembers."""
+
+    def __init__(
+        self, policy: SteerablePolicy, engine: Engine, store: UserStore, keys: Keys, settings: Settings
+    ) -> None:
+        if not isinstance(policy.users, StoredUsers):
+            raise ValueError("policy: expected one whose users are in a store, got one without; see use_store")
+        self.policy, self.engine, self.store, self.keys, self.settings = policy, engine, store, keys, settings
+        self.users: StoredUsers = policy.users
+        self.metrics = Metrics(engine, policy.bank)
+        self.bridge: Bridge  # once there is a loop
+        self.draining = False
+        self.open_requests = 0
+        self.completions: Remembered[Completion] = Remembered(settings.remember_seconds, settings.remember_bytes)
+        self.writes: Remembered[Written] = Remembered(settings.remember_seconds, settings.remember_bytes)
+        # What may wait for the database or an encoder, of requests; streams have no thread.
+        self._threads = ThreadPoolExecutor(8, thread_name_prefix="fssa-serving")
+
+    async def call(
+        self, function: Callable[Arguments, Value], *args: Arguments.args, **kwargs: Arguments.kwargs
+    ) -> Value:
+        """Calls a function that may block, in a thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, partial(function, *args, **kwargs))
+
+    def close(self) -> None:
+        """Ends the engine and the threads. The store stays open."""
+        self.engine.close()
+        self._threads.shutdown()
+
+
+def service_of(request: Request) -> Service:
+    """The service of a request's app."""
+    return request.app.state.service
+
+
+def client_of(request: Request) -> Client:
+    """Who sends a request. Raises ApiError for none that the server knows."""
+    client = service_of(request).keys.client(request.headers.get("authorization"))
+    request.scope["fssa_namespace"] = client.namespace  # for the log
+    return client
+
+
+Serving = Annotated[Service, Depends(service_of)]
+Asking = Annotated[Client, Depends(client_of)]
+
+
+async def once(
+    request: Request, service: Service, client: Client, write: Callable[[], Coroutine[Any, Any, Response]]
+) -> Response:
+    """Does a write, or, where its Idempotency-Key has been seen, answers as it was answered then.
+
+    Raises ApiError for a key that another request had, or whose request is still under way. A write that failed may
+    be tried again by the same key.
+    """
+    name = request.headers.get("idempotency-key")
+    if name is None:
+        return await write()
+    if not 0 < len(name) <= 255:
+        raise ApiError(400, "invalid_value", "Idempotency-Key: expected 1 to 255 characters", "Idempotency-Key")
+    words = f"{request.method}\0{request.url.path}\0{request.url.query}\0".encode("utf-8", "surrogateescape")
+    digest = hashlib.blake2b(words + await request.body(), digest_size=16).digest()
+    key = client.namespace, client.admin, name
+    before = service.writes.get(key)
+    if before is not None and before.digest != digest:
+        raise ApiError(422, "idempotency_key_reused", "Idempotency-Key: expected a new one for another request",
+                       "Idempotency-Key")  # fmt: skip
+    if before is not None and before.status is None:
+        raise ApiError(409, "idempotency_key_in_use", "a request with this Idempotency-Key is under way",
+                       "Idempotency-Key")  # fmt: skip
+    if before is not None:
+        assert before.status is not None
+        return Response(before.body, before.status, {"Idempotency-Replayed": "true"}, media_type="application/json")
+    service.writes.put(key, Written(digest), 0)
+    # Whatever becomes of the client, what is begun is done, and remembered.
+    return await asyncio.shield(_remembered(service, key, digest, write))
+
+
+async def _remembered(
+    service: Service, key: Any, digest: bytes, write: Callable[[], Coroutine[Any, Any, Response]]
+) -> Response:
+    try:
+        response = await write()
+    except BaseException:
+        service.writes.forget(key)
+        raise
+    body = bytes(response.body)
+    service.writes.put(key, Written(digest, response.status_code, body), len(body))
+    return response
