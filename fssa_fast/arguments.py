@@ -32,10 +32,13 @@ class ContextWeights(NamedTuple):
 
 def check_tensor(name: str, tensor: Tensor, shape: Sequence[int | None], like: Tensor | None = None) -> None:
     """Raises ValueError or TypeError unless `tensor` has `shape` (None: any size) and `like`'s dtype and device."""
-    sizes = tuple(tensor.shape)
-    if len(sizes) != len(shape) or any(w is not None and w != s for w, s in zip(shape, sizes, strict=True)):
-        want = "[" + ", ".join("any" if size is None else str(size) for size in shape) + "]"
-        raise ValueError(f"{name}: expected shape {want}, got {list(sizes)}")
+    sizes = tensor.shape
+    if sizes != shape:  # the common case is decided by one comparison
+        if len(sizes) != len(shape) or any(w is not None and w != s for w, s in zip(shape, sizes, strict=True)):
+            want = "[" + ", ".join("any" if size is None else str(size) for size in shape) + "]"
+            raise ValueError(f"{name}: expected shape {want}, got {list(sizes)}")
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name}: expected a tensor with strides, got layout {tensor.layout}")
     if like is None:
         if tensor.dtype not in DTYPES:
             raise TypeError(f"{name}: expected a dtype of {[str(d) for d in DTYPES]}, got {tensor.dtype}")
@@ -46,14 +49,33 @@ def check_tensor(name: str, tensor: Tensor, shape: Sequence[int | None], like: T
         raise ValueError(f"{name}: expected device {like.device}, got {tensor.device}")
 
 
+def check_written(name: str, tensor: Tensor) -> None:
+    """Raises ValueError where two elements of a tensor that is written to may share their memory."""
+    if tensor.is_contiguous():
+        return
+    reach = 0  # of the dimensions with smaller strides: the distance of their last element from their first
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            raise ValueError(f"{name}: expected elements that share no memory, got strides {list(tensor.stride())}")
+        reach += stride * (size - 1)
+
+
+def check_integers(name: str, tensor: Tensor, shapes: Sequence[Sequence[int]], device: torch.device) -> None:
+    """Raises ValueError or TypeError unless `tensor` is int32 or int64, of one of the shapes, on the device."""
+    if tensor.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name}: expected dtype torch.int32 or torch.int64, got {tensor.dtype}")
+    if tensor.device != device:
+        raise ValueError(f"{name}: expected device {device}, got {tensor.device}")
+    if tensor.shape not in shapes:
+        wanted = " or ".join(str(list(shape)) for shape in shapes)
+        raise ValueError(f"{name}: expected shape {wanted}, got {list(tensor.shape)}")
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name}: expected a tensor with strides, got layout {tensor.layout}")
+
+
 def check_slots(slots: Tensor, x: Tensor) -> None:
     """`slots` is int32 or int64, on x's device, one a row of x (x.shape[0]) or one a token (x.shape[:-1])."""
-    if slots.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"slots: expected dtype torch.int32 or torch.int64, got {slots.dtype}")
-    if slots.device != x.device:
-        raise ValueError(f"slots: expected device {x.device}, got {slots.device}")
-    if slots.shape != x.shape[:1] and slots.shape != x.shape[:-1]:
-        raise ValueError(f"slots: expected shape {list(x.shape[:1])} or {list(x.shape[:-1])}, got {list(slots.shape)}")
+    check_integers("slots", slots, (x.shape[:1], x.shape[:-1]), x.device)
 
 
 def check_slot_range(slots: Tensor, count: int) -> None:

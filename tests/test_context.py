@@ -341,7 +341,7 @@ def test_bad_input_is_named(name, change, error, said):
         ("bank", lambda t: t[0], ValueError),
         ("bank", lambda t: t.int(), TypeError),
         ("slots", lambda t: t[1:], ValueError),
-        ("slots", lambda t: t.float(), ValueError),
+        ("slots", lambda t: t.float(), TypeError),
         ("modulation", lambda t: t[1:], ValueError),
         ("modulation", lambda t: t.double(), TypeError),
         ("modulation_bias", lambda t: t[1:], ValueError),

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "ops.h"
+#include "parallel.h"
 #include "status.h"
 
 FSSA_DECLARE_OPS(scalar)
@@ -104,15 +105,12 @@ fssa_status guarded(const Body &body) {
   }
 }
 
-void check_slots(const fssa_slots &slots) {
-  for (int64_t i = 0; i < slots.count; i++) {
-    const int64_t slot = slots.is_int64 ? static_cast<const int64_t *>(slots.data)[i]
-                                        : static_cast<const int32_t *>(slots.data)[i];
-    if (slot < 0 || slot >= slots.limit) {
-      fail(FSSA_BAD_INDEX, "slots: expected values in [0, %lld), got %lld", static_cast<long long>(slots.limit),
-           static_cast<long long>(slot));
-    }
-  }
+template <class Body>
+fssa_status with_scratch(const Body &body) {
+  return guarded([&] {
+    Scratch scratch;
+    body(scratch);
+  });
 }
 
 void check_index(const char *name, int64_t index, int64_t limit) {
@@ -120,6 +118,27 @@ void check_index(const char *name, int64_t index, int64_t limit) {
     fail(FSSA_BAD_INDEX, "%s: expected values in [0, %lld), got %lld", name, static_cast<long long>(limit),
          static_cast<long long>(index));
   }
+}
+
+// Integers of the caller, each read once into a copy: another thread may write to them during the call, and what was
+// checked has to be what the op uses.
+template <class Integer>
+int64_t *copy_of(Scratch &scratch, const Integer *from, int64_t count) {
+  int64_t *copy = scratch.integers(count);
+  for (int64_t i = 0; i < count; i++) copy[i] = __atomic_load_n(from + i, __ATOMIC_RELAXED);
+  return copy;
+}
+
+// The arguments with a checked copy of their slots.
+template <class Args>
+Args with_slots(Scratch &scratch, Args args) {
+  fssa_slots &slots = args.slots;
+  const int64_t *copy = slots.is_int64 ? copy_of(scratch, static_cast<const int64_t *>(slots.data), slots.count)
+                                       : copy_of(scratch, static_cast<const int32_t *>(slots.data), slots.count);
+  for (int64_t i = 0; i < slots.count; i++) check_index("slots", copy[i], slots.limit);
+  slots.data = copy;
+  slots.is_int64 = 1;
+  return args;
 }
 
 void check_attention(const fssa_attention_args &a) {
@@ -134,7 +153,12 @@ void check_attention(const fssa_attention_args &a) {
   }
 }
 
-void check_context(const fssa_context_input &input) {
+// The arguments with checked copies of choices and offsets.
+template <class Args>
+Args with_choices(Scratch &scratch, Args args) {
+  fssa_context_input &input = args.input;
+  input.choices = copy_of(scratch, input.choices, input.pair_count);
+  input.offsets = copy_of(scratch, input.offsets, input.users + 1);
   for (int64_t i = 0; i < input.pair_count; i++) {
     if (input.choices[i] != 0 && input.choices[i] != 1) {
       fail(FSSA_BAD_VALUE, "choices: expected 0 or 1, got %lld", static_cast<long long>(input.choices[i]));
@@ -149,6 +173,7 @@ void check_context(const fssa_context_input &input) {
          static_cast<long long>(input.pair_count), static_cast<long long>(input.offsets[0]),
          static_cast<long long>(input.offsets[input.users]));
   }
+  return args;
 }
 
 }  // namespace
@@ -169,39 +194,39 @@ fssa_status fssa_cpu_isa_supported(const char *name, int32_t *supported) {
 }
 
 fssa_status fssa_cpu_film(const fssa_film_args *args) {
-  return guarded([&] { check_slots(args->slots), isa().film(*args); });
+  return with_scratch([&](Scratch &scratch) { isa().film(with_slots(scratch, *args)); });
 }
 
 fssa_status fssa_cpu_film_norm(const fssa_film_norm_args *args) {
-  return guarded([&] { check_slots(args->slots), isa().film_norm(*args); });
+  return with_scratch([&](Scratch &scratch) { isa().film_norm(with_slots(scratch, *args)); });
 }
 
 fssa_status fssa_cpu_film_backward(const fssa_film_backward_args *args) {
-  return guarded([&] { check_slots(args->slots), isa().film_backward(*args); });
+  return with_scratch([&](Scratch &scratch) { isa().film_backward(with_slots(scratch, *args)); });
 }
 
 fssa_status fssa_cpu_film_norm_backward(const fssa_film_norm_backward_args *args) {
-  return guarded([&] { check_slots(args->slots), isa().film_norm_backward(*args); });
+  return with_scratch([&](Scratch &scratch) { isa().film_norm_backward(with_slots(scratch, *args)); });
 }
 
 fssa_status fssa_cpu_lora(const fssa_lora_args *args) {
-  return guarded([&] { check_slots(args->slots), isa().lora(*args); });
+  return with_scratch([&](Scratch &scratch) { isa().lora(with_slots(scratch, *args)); });
 }
 
 fssa_status fssa_cpu_lora_backward(const fssa_lora_backward_args *args) {
-  return guarded([&] { check_slots(args->slots), isa().lora_backward(*args); });
+  return with_scratch([&](Scratch &scratch) { isa().lora_backward(with_slots(scratch, *args)); });
 }
 
 fssa_status fssa_cpu_context(const fssa_context_args *args) {
-  return guarded([&] { check_context(args->input), isa().context(*args); });
+  return with_scratch([&](Scratch &scratch) { isa().context(with_choices(scratch, *args)); });
 }
 
 fssa_status fssa_cpu_context_rows(const fssa_context_rows_args *args) {
-  return guarded([&] { check_slots(args->slots), check_context(args->input), isa().context_rows(*args); });
+  return with_scratch([&](Scratch &scratch) { isa().context_rows(with_choices(scratch, with_slots(scratch, *args))); });
 }
 
 fssa_status fssa_cpu_context_backward(const fssa_context_backward_args *args) {
-  return guarded([&] { check_context(args->input), isa().context_backward(*args); });
+  return with_scratch([&](Scratch &scratch) { isa().context_backward(with_choices(scratch, *args)); });
 }
 
 fssa_status fssa_cpu_linear(const fssa_linear_args *args) {
@@ -209,7 +234,7 @@ fssa_status fssa_cpu_linear(const fssa_linear_args *args) {
 }
 
 fssa_status fssa_cpu_adapt(const fssa_adapt_args *args) {
-  return guarded([&] { check_slots(args->slots), isa().adapt(*args); });
+  return with_scratch([&](Scratch &scratch) { isa().adapt(with_slots(scratch, *args)); });
 }
 
 fssa_status fssa_cpu_gate(const fssa_gate_args *args) {

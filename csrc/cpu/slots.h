@@ -7,12 +7,11 @@
 namespace fssa {
 namespace FSSA_ISA {
 
+// The ops get dispatch.cpp's copy of the slots, always int64.
 struct SlotOf {
   fssa_slots slots;
   int64_t operator()(int64_t row) const {
-    const int64_t index = row / slots.rows_per_slot;
-    return slots.is_int64 ? static_cast<const int64_t *>(slots.data)[index]
-                          : static_cast<const int32_t *>(slots.data)[index];
+    return static_cast<const int64_t *>(slots.data)[row / slots.rows_per_slot];
   }
 };
 

@@ -120,11 +120,26 @@ def _automatic(op: str, args: Sequence[Any]) -> Callable[..., Any]:
 DEVICES_OF = {"cuda": {"cuda"}, "triton": {"cuda"}, "cpu": {"cpu"}}
 
 
-def register_op(library: torch.library.Library, op: str, reference: Callable[..., Any]) -> None:
-    """Registers the op `fssa::<op>` with its definition; the backend is chosen at every call."""
+def register_op(
+    library: torch.library.Library,
+    op: str,
+    reference: Callable[..., Any],
+    check: Callable[..., None],
+    fake: Callable[..., Any],
+) -> None:
+    """Registers the op `fssa::<op>`; the backend is chosen at every call.
+
+    Args:
+        library: that has the op's schema.
+        reference: the definition.
+        check: raises for arguments that no implementation may see. It runs here, once, for whoever calls the op, and
+            reads no values: slots, choices and offsets are checked where they are used.
+        fake: gives what the op gives, without contents, for meta tensors and torch.compile.
+    """
     _references[op] = reference
 
     def run(*args: Any) -> Any:
+        check(*args)
         name = chosen_backend()
         if name == "auto":
             return _automatic(op, args)(*args)
@@ -132,4 +147,9 @@ def register_op(library: torch.library.Library, op: str, reference: Callable[...
             return _references[op](*args)
         return _named(op, _first_tensor(args), name)(*args)
 
+    def run_fake(*args: Any) -> Any:
+        check(*args)
+        return fake(*args)
+
     library.impl(op, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fssa::{op}", run_fake, lib=library)

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from fssa_fast.arguments import INNER, POOLING, check_count, check_tensor
 from fssa_fast.ops import ContextWeights, context, latent_of
-from fssa_fast.ops.context import _check as check_context
-from fssa_fast.ops.context import context_reference
+from fssa_fast.ops.context import check_context, context_reference
 
 
 def pack_choices(pairs: Sequence[Tensor], choices: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,6 +8,7 @@ Users are ragged: their pairs are packed one after the other, and `offsets` says
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +19,11 @@ from fssa_fast.arguments import (
     POOLING,
     ContextWeights,
     check_choices,
+    check_integers,
     check_offsets,
     check_slot_range,
     check_tensor,
+    check_written,
 )
 from fssa_fast.backends import register_op
 from fssa_fast.ops._common import library, needs_grad
@@ -134,27 +137,109 @@ library.define(
 )
 library.define(f"context_backward(Tensor grad, {_CONTEXT}, {_KIND}) -> (Tensor, Tensor[])")
 
-register_op(library, "context", context_reference)
-register_op(library, "context_rows_", context_rows_reference_)
-register_op(library, "context_backward", context_backward_reference)
+
+def check_context(
+    pairs: Tensor,
+    choices: Tensor,
+    offsets: Tensor,
+    weights: Sequence[Tensor | None],
+    inner: str,
+    pooling: str,
+    heads: int,
+) -> None:
+    """Raises ValueError or TypeError, naming the argument, for what `context` does not take. Reads no values."""
+    if inner not in INNER:
+        raise ValueError(f"inner: expected one of {INNER}, got {inner!r}")
+    if pooling not in POOLING:
+        raise ValueError(f"pooling: expected one of {POOLING}, got {pooling!r}")
+    check_tensor("pairs", pairs, (None, 2, None))
+    integers = not choices.is_floating_point() and not choices.is_complex()
+    if choices.shape != pairs.shape[:1] or choices.device != pairs.device or not integers:
+        raise ValueError(
+            f"choices: expected integers of shape {list(pairs.shape[:1])} on {pairs.device}, got "
+            f"{choices.dtype} {list(choices.shape)} on {choices.device}"
+        )
+    if offsets.dim() != 1 or offsets.shape[0] < 1 or offsets.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"offsets: expected int32 or int64 [U + 1], got {offsets.dtype} {list(offsets.shape)}")
+    if offsets.device != pairs.device and offsets.device.type != "cpu":
+        raise ValueError(f"offsets: expected device {pairs.device} or cpu, got {offsets.device}")
+    if len(weights) != len(ContextWeights._fields):
+        raise ValueError(f"weights: expected {len(ContextWeights._fields)} of ContextWeights, got {len(weights)}")
+    has = {"inner1": inner == "mlp", "qkv": pooling == "self-attention", "out": pooling == "self-attention"}
+    for name, weight in zip(ContextWeights._fields, weights, strict=True):
+        wanted = has.get(name.removesuffix("_bias"), True)
+        if (weight is not None) != wanted:
+            raise ValueError(f"weights.{name}: expected {'a tensor' if wanted else 'None'} for {inner}, {pooling}")
+    w = ContextWeights(*weights)  # type: ignore[arg-type]
+    check_tensor("weights.inner0", w.inner0, (None, 2 * pairs.shape[2]), pairs)
+    check_tensor("weights.outer1", w.outer1, (None, None), pairs)
+    width = w.inner0.shape[0]
+    if pooling == "self-attention" and (heads < 1 or width % heads):
+        raise ValueError(f"heads: expected a divisor of H = {width}, got {heads}")
+    square, vector = (width, width), (width,)
+    shapes = (w.inner0.shape, vector, square, vector, (3 * width, width), (3 * width,), square, vector, square, vector,
+              (w.outer1.shape[0], width), w.outer1.shape[:1])  # fmt: skip
+    for name, weight, shape in zip(ContextWeights._fields, weights, shapes, strict=True):
+        if weight is not None:
+            check_tensor(f"weights.{name}", weight, shape, pairs)
 
 
-@torch.library.register_fake("fssa::context", lib=library)
+def _check_context_rows_(
+    bank: Tensor,
+    slots: Tensor,
+    pairs: Tensor,
+    choices: Tensor,
+    offsets: Tensor,
+    weights: Sequence[Tensor | None],
+    modulation: Tensor,
+    modulation_bias: Tensor,
+    noise: Tensor | None,
+    inner: str,
+    pooling: str,
+    heads: int,
+) -> None:
+    check_context(pairs, choices, offsets, weights, inner, pooling, heads)
+    w, users = ContextWeights(*weights), offsets.shape[0] - 1  # type: ignore[arg-type]
+    width = w.inner0.shape[0]
+    if w.outer1.shape[0] not in (width, 2 * width):
+        raise ValueError(f"weights.outer1: expected H = {width} rows or 2H, got {w.outer1.shape[0]}")
+    check_tensor("bank", bank, (None, None))
+    if bank.device != pairs.device:
+        raise ValueError(f"bank: expected device {pairs.device}, got {bank.device}")
+    check_written("bank", bank)
+    check_tensor("modulation", modulation, (bank.shape[1], width), pairs)
+    check_tensor("modulation_bias", modulation_bias, bank.shape[1:], pairs)
+    check_integers("slots", slots, ((users,),), pairs.device)
+    if noise is not None:
+        check_tensor("noise", noise, (users, width), pairs)
+        if w.outer1.shape[0] != 2 * width:
+            raise ValueError(f"noise: expected None where latents are not sampled (Z = H = {width}), got a tensor")
+
+
+def _check_context_backward(
+    grad: Tensor, pairs: Tensor, choices: Tensor, offsets: Tensor, weights: Sequence[Tensor | None], *kind: Any
+) -> None:
+    check_context(pairs, choices, offsets, weights, *kind)
+    outer1 = weights[-2]
+    assert outer1 is not None  # was checked
+    check_tensor("grad", grad, (offsets.shape[0] - 1, outer1.shape[0]), pairs)
+
+
 def _context_fake(pairs, choices, offsets, weights, inner, pooling, heads):
     return pairs.new_empty(offsets.shape[0] - 1, weights[-2].shape[0])
 
 
-@torch.library.register_fake("fssa::context_rows_", lib=library)
-def _context_rows_fake_(
-    bank, slots, pairs, choices, offsets, weights, modulation, modulation_bias, noise, inner, pooling, heads
-):
+def _context_rows_fake_(bank, slots, pairs, choices, offsets, weights, modulation, *_):
     return pairs.new_empty(offsets.shape[0] - 1, modulation.shape[1])
 
 
-@torch.library.register_fake("fssa::context_backward", lib=library)
 def _context_backward_fake(grad, pairs, choices, offsets, weights, inner, pooling, heads):
     return pairs.new_empty(pairs.shape), [w.new_empty(w.shape) for w in weights if w is not None]
 
+
+register_op(library, "context", context_reference, check_context, _context_fake)
+register_op(library, "context_rows_", context_rows_reference_, _check_context_rows_, _context_rows_fake_)
+register_op(library, "context_backward", context_backward_reference, _check_context_backward, _context_backward_fake)
 
 # ---------------------------------------------------------------- autograd
 
@@ -175,45 +260,6 @@ class _Context(torch.autograd.Function):
 
 
 # ---------------------------------------------------------------- public
-
-
-def _check(
-    pairs: Tensor, choices: Tensor, offsets: Tensor, w: ContextWeights, inner: str, pooling: str, heads: int
-) -> None:
-    if inner not in INNER:
-        raise ValueError(f"inner: expected one of {INNER}, got {inner!r}")
-    if pooling not in POOLING:
-        raise ValueError(f"pooling: expected one of {POOLING}, got {pooling!r}")
-    check_tensor("pairs", pairs, (None, 2, None))
-    if choices.shape != pairs.shape[:1] or choices.is_floating_point() or choices.device != pairs.device:
-        raise ValueError(
-            f"choices: expected integers of shape {list(pairs.shape[:1])} on {pairs.device}, got "
-            f"{choices.dtype} {list(choices.shape)} on {choices.device}"
-        )
-    if offsets.dim() != 1 or len(offsets) < 1 or offsets.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"offsets: expected int32 or int64 [U + 1], got {offsets.dtype} {list(offsets.shape)}")
-    width = w.inner0.shape[0]
-    square, vector = (width, width), (width,)
-    shapes: dict[str, tuple[int | None, ...]] = {
-        "inner0": (width, 2 * pairs.shape[2]),
-        "inner0_bias": vector,
-        "outer0": square,
-        "outer0_bias": vector,
-        "outer1": (None, width),
-        "outer1_bias": w.outer1.shape[:1],
-    }
-    if inner == "mlp":
-        shapes |= {"inner1": square, "inner1_bias": vector}
-    if pooling == "self-attention":
-        shapes |= {"qkv": (3 * width, width), "qkv_bias": (3 * width,), "out": square, "out_bias": vector}
-        if heads < 1 or width % heads:
-            raise ValueError(f"heads: expected a divisor of H = {width}, got {heads}")
-    for name, weight in w._asdict().items():
-        if (weight is None) != (name not in shapes):
-            raise ValueError(f"weights.{name}: expected {'None' if weight is not None else 'a tensor'} for {inner}, "
-                             f"{pooling}")  # fmt: skip
-        if weight is not None:
-            check_tensor(f"weights.{name}", weight, shapes[name], pairs)
 
 
 def context(
@@ -246,7 +292,6 @@ def context(
     Returns: [U, Z]; Z = H, or 2H (mean and s of the latent, deviation softplus(s)).
     Raises: ValueError, TypeError naming the argument.
     """
-    _check(pairs, choices, offsets, weights, inner, pooling, heads)
     if needs_grad(pairs, *weights):
         return _Context.apply(pairs, choices, offsets, inner, pooling, heads, *weights)
     return torch.ops.fssa.context(pairs, choices, offsets, list(weights), inner, pooling, heads)
@@ -282,15 +327,6 @@ def context_rows_(
     Returns: the latents [U, H]. For inference: raises RuntimeError where autograd would have to record it.
     Raises: as `context`, before anything is written; IndexError for a slot outside [0, S).
     """
-    _check(pairs, choices, offsets, weights, inner, pooling, heads)
-    width, users = weights.inner0.shape[0], offsets.shape[0] - 1
-    check_tensor("modulation", modulation, (bank.shape[-1], width), pairs)
-    check_tensor("modulation_bias", modulation_bias, (bank.shape[-1],), pairs)
-    check_tensor("bank", bank, (None, None))
-    if slots.shape != (users,) or slots.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"slots: expected int32 or int64 [{users}], got {slots.dtype} {list(slots.shape)}")
-    if noise is not None:
-        check_tensor("noise", noise, (users, width), pairs)
     if needs_grad(bank, pairs, modulation, modulation_bias, *weights):
         raise RuntimeError("context_rows_: writes in place and is not differentiable; use context, or torch.no_grad()")
     return torch.ops.fssa.context_rows_(

@@ -7,6 +7,8 @@ the RMSNorm after it, which is how a decoder block meets it.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -76,49 +78,57 @@ library.define(
     " Tensor shift, Tensor slots, Tensor weight, float eps) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
-register_op(library, "film", film_reference)
-register_op(library, "film_norm", film_norm_reference)
-register_op(library, "film_backward", film_backward_reference)
-register_op(library, "film_norm_backward", film_norm_backward_reference)
+
+def _check_film(x: Tensor, scale: Tensor, shift: Tensor, slots: Tensor) -> None:
+    if x.dim() < 2:
+        raise ValueError(f"x: expected shape [rows, ..., D], got {list(x.shape)}")
+    check_tensor("x", x, x.shape)
+    check_tensor("scale", scale, (None, x.shape[-1]), x)
+    check_tensor("shift", shift, scale.shape, x)
+    check_slots(slots, x)
 
 
-def _new(t: Tensor) -> Tensor:
-    return t.new_empty(t.shape)
-
-
-@torch.library.register_fake("fssa::film", lib=library)
-def _film_fake(x: Tensor, scale: Tensor, shift: Tensor, slots: Tensor) -> Tensor:
-    return _new(x)
-
-
-@torch.library.register_fake("fssa::film_norm", lib=library)
-def _film_norm_fake(
+def _check_film_norm(
     x: Tensor, residual: Tensor, scale: Tensor, shift: Tensor, slots: Tensor, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    return _new(x), _new(x)
+) -> None:
+    _check_film(x, scale, shift, slots)
+    check_tensor("residual", residual, x.shape, x)
+    check_tensor("weight", weight, x.shape[-1:], x)
+    if not eps > 0:
+        raise ValueError(f"eps: expected a number > 0, got {eps}")
 
 
-@torch.library.register_fake("fssa::film_backward", lib=library)
-def _film_backward_fake(
-    grad: Tensor, x: Tensor, scale: Tensor, shift: Tensor, slots: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _new(x), _new(scale), _new(shift)
+def _check_film_backward(grad: Tensor, x: Tensor, scale: Tensor, shift: Tensor, slots: Tensor) -> None:
+    _check_film(x, scale, shift, slots)
+    check_tensor("grad", grad, x.shape, x)
 
 
-@torch.library.register_fake("fssa::film_norm_backward", lib=library)
-def _film_norm_backward_fake(
-    grad_hidden: Tensor,
-    grad_normed: Tensor,
-    x: Tensor,
-    residual: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    slots: Tensor,
-    weight: Tensor,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _new(x), _new(scale), _new(shift), _new(weight)
+def _check_film_norm_backward(grad_hidden: Tensor, grad_normed: Tensor, x: Tensor, *rest: Any) -> None:
+    _check_film_norm(x, *rest)
+    check_tensor("grad_hidden", grad_hidden, x.shape, x)
+    check_tensor("grad_normed", grad_normed, x.shape, x)
 
+
+def _new(*likes: Tensor) -> tuple[Tensor, ...]:
+    return tuple(like.new_empty(like.shape) for like in likes)
+
+
+register_op(library, "film", film_reference, _check_film, lambda x, *_: x.new_empty(x.shape))
+register_op(library, "film_norm", film_norm_reference, _check_film_norm, lambda x, *_: _new(x, x))
+register_op(
+    library,
+    "film_backward",
+    film_backward_reference,
+    _check_film_backward,
+    lambda grad, x, scale, shift, slots: _new(x, scale, shift),
+)
+register_op(
+    library,
+    "film_norm_backward",
+    film_norm_backward_reference,
+    _check_film_norm_backward,
+    lambda grad_hidden, grad_normed, x, residual, scale, shift, slots, weight, eps: _new(x, scale, shift, weight),
+)
 
 # ---------------------------------------------------------------- autograd
 
@@ -152,15 +162,6 @@ class _FilmNorm(torch.autograd.Function):
 # ---------------------------------------------------------------- public
 
 
-def _check(x: Tensor, scale: Tensor, shift: Tensor, slots: Tensor) -> None:
-    if x.dim() < 2:
-        raise ValueError(f"x: expected shape [rows, ..., D], got {list(x.shape)}")
-    check_tensor("x", x, x.shape)
-    check_tensor("scale", scale, (None, x.shape[-1]), x)
-    check_tensor("shift", shift, scale.shape, x)
-    check_slots(slots, x)
-
-
 def film(x: Tensor, *, scale: Tensor, shift: Tensor, slots: Tensor) -> Tensor:
     """Scales and shifts every row by its user's modulation.
 
@@ -174,7 +175,6 @@ def film(x: Tensor, *, scale: Tensor, shift: Tensor, slots: Tensor) -> Tensor:
     Returns: a new tensor like x. A row whose scale and shift are zero equals x bit for bit.
     Raises: ValueError, TypeError naming the argument; IndexError for a slot outside [0, S).
     """
-    _check(x, scale, shift, slots)
     if needs_grad(x, scale, shift):
         return _Film.apply(x, scale, shift, slots)
     return torch.ops.fssa.film(x, scale, shift, slots)
@@ -197,11 +197,6 @@ def film_norm(
     Returns: (hidden, normed), both like x.
     Raises: as `film`.
     """
-    _check(x, scale, shift, slots)
-    check_tensor("residual", residual, x.shape, x)
-    check_tensor("weight", weight, x.shape[-1:], x)
-    if not eps > 0:
-        raise ValueError(f"eps: expected a number > 0, got {eps}")
     if needs_grad(x, residual, scale, shift, weight):
         return _FilmNorm.apply(x, residual, scale, shift, slots, weight, eps)
     return torch.ops.fssa.film_norm(x, residual, scale, shift, slots, weight, eps)

@@ -10,11 +10,12 @@ order. A gamma of ones is plain LoRA (arXiv 2106.09685); a row of zeros in gamma
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fssa_fast.arguments import check_slot_range, check_slots, check_tensor
+from fssa_fast.arguments import check_slot_range, check_slots, check_tensor, check_written
 from fssa_fast.backends import register_op
 from fssa_fast.ops._common import gather_rows, library, needs_grad
 
@@ -83,28 +84,62 @@ library.define(f"lora(Tensor x, Tensor[] ys, {_ARGUMENTS}) -> Tensor[]")
 library.define(f"lora_(Tensor x, Tensor(a!)[] ys, {_ARGUMENTS}) -> ()")
 library.define(f"lora_backward(Tensor[] grads, Tensor x, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor[], Tensor, Tensor)")
 
-register_op(library, "lora", lora_reference)
-register_op(library, "lora_", lora_reference_)
-register_op(library, "lora_backward", lora_backward_reference)
+
+def _check(
+    name: str,
+    ys: Sequence[Tensor],
+    x: Tensor,
+    a: Tensor,
+    bs: Sequence[Tensor],
+    gamma: Tensor,
+    beta: Tensor | None,
+    slots: Tensor,
+) -> None:
+    """Of the op and its gradient: ys, by this name, is of every projection what is added to, or its gradient."""
+    if x.dim() < 2:
+        raise ValueError(f"x: expected shape [rows, ..., D], got {list(x.shape)}")
+    check_tensor("x", x, x.shape)
+    check_tensor("a", a, (None, x.shape[-1]), x)
+    if len(ys) != len(bs) or not bs:
+        raise ValueError(
+            f"{name}, bs: expected as many of one as of the other and at least one, got {len(ys)}, {len(bs)}"
+        )
+    for i, (y, b) in enumerate(zip(ys, bs, strict=True)):
+        check_tensor(f"bs[{i}]", b, (None, None), x)
+        check_tensor(f"{name}[{i}]", y, (*x.shape[:-1], b.shape[1]), x)
+    rank = sum(b.shape[0] for b in bs)
+    if rank != a.shape[0]:
+        raise ValueError(f"bs: expected ranks that add up to a's {a.shape[0]} rows, got {[b.shape[0] for b in bs]}")
+    check_tensor("gamma", gamma, (None, rank), x)
+    if beta is not None:
+        check_tensor("beta", beta, gamma.shape, x)
+    check_slots(slots, x)
 
 
-@torch.library.register_fake("fssa::lora", lib=library)
-def _lora_fake(x, ys, a, bs, gamma, beta, slots, scaling):
-    return [y.new_empty(y.shape) for y in ys]
+def _check_lora(x: Tensor, ys: Sequence[Tensor], *rest: Any) -> None:
+    _check("ys", ys, x, *rest[:-1])
 
 
-@torch.library.register_fake("fssa::lora_", lib=library)
-def _lora_fake_(x, ys, a, bs, gamma, beta, slots, scaling):
-    return None
+def _check_lora_(x: Tensor, ys: Sequence[Tensor], *rest: Any) -> None:
+    _check_lora(x, ys, *rest)
+    for i, y in enumerate(ys):
+        check_written(f"ys[{i}]", y)
 
 
-@torch.library.register_fake("fssa::lora_backward", lib=library)
+def _check_lora_backward(grads: Sequence[Tensor], x: Tensor, *rest: Any) -> None:
+    _check("grads", grads, x, *rest[:-1])
+
+
 def _lora_backward_fake(grads, x, a, bs, gamma, beta, slots, scaling):
     def new(t: Tensor) -> Tensor:
         return t.new_empty(t.shape)
 
     return new(x), new(a), [new(b) for b in bs], new(gamma), new(gamma)
 
+
+register_op(library, "lora", lora_reference, _check_lora, lambda x, ys, *_: [y.new_empty(y.shape) for y in ys])
+register_op(library, "lora_", lora_reference_, _check_lora_, lambda *_: None)
+register_op(library, "lora_backward", lora_backward_reference, _check_lora_backward, _lora_backward_fake)
 
 # ---------------------------------------------------------------- autograd
 
@@ -127,33 +162,6 @@ class _Lora(torch.autograd.Function):
 
 
 # ---------------------------------------------------------------- public
-
-
-def _check(
-    x: Tensor,
-    ys: Sequence[Tensor],
-    a: Tensor,
-    bs: Sequence[Tensor],
-    gamma: Tensor,
-    beta: Tensor | None,
-    slots: Tensor,
-) -> None:
-    if x.dim() < 2:
-        raise ValueError(f"x: expected shape [rows, ..., D], got {list(x.shape)}")
-    check_tensor("x", x, x.shape)
-    check_tensor("a", a, (None, x.shape[-1]), x)
-    if len(ys) != len(bs) or not bs:
-        raise ValueError(f"ys, bs: expected as many of one as of the other and at least one, got {len(ys)}, {len(bs)}")
-    for i, (y, b) in enumerate(zip(ys, bs, strict=True)):
-        check_tensor(f"bs[{i}]", b, (None, None), x)
-        check_tensor(f"ys[{i}]", y, (*x.shape[:-1], b.shape[1]), x)
-    rank = sum(b.shape[0] for b in bs)
-    if rank != a.shape[0]:
-        raise ValueError(f"bs: expected ranks that add up to a's {a.shape[0]} rows, got {[b.shape[0] for b in bs]}")
-    check_tensor("gamma", gamma, (None, rank), x)
-    if beta is not None:
-        check_tensor("beta", beta, gamma.shape, x)
-    check_slots(slots, x)
 
 
 def lora(
@@ -186,7 +194,6 @@ def lora(
     Returns: new tensors like ys. Products accumulate in float32. A row whose gamma and beta are zero equals ys.
     Raises: ValueError, TypeError naming the argument; IndexError for a slot outside [0, S).
     """
-    _check(x, ys, a, bs, gamma, beta, slots)
     if needs_grad(x, a, gamma, beta, *ys, *bs):
         return list(_Lora.apply(x, a, gamma, beta, slots, scaling, len(ys), *ys, *bs))
     return torch.ops.fssa.lora(x, list(ys), a, list(bs), gamma, beta, slots, scaling)
@@ -204,7 +211,6 @@ def lora_(
     scaling: float,
 ) -> None:
     """`lora`, in place into ys; for inference: raises RuntimeError where autograd would have to record it."""
-    _check(x, ys, a, bs, gamma, beta, slots)
     if needs_grad(x, a, gamma, beta, *ys, *bs):
         raise RuntimeError("lora_: works in place and is not differentiable; use lora, or torch.no_grad()")
     torch.ops.fssa.lora_(x, list(ys), a, list(bs), gamma, beta, slots, scaling)
