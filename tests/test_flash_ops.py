@@ -29,7 +29,7 @@ found, reason = load_backend("triton")
 if found is None:
     pytest.skip(f"the Triton backend cannot run here: {reason}", allow_module_level=True)
 
-from fssa_fast.generation.flash_ops import PAGE, FlashFunctions, FlashOps, flash_ops, load_flash  # noqa: E402
+from fssa_fast.generation.flash_ops import PAGE, FlashFunctions, FlashOps, load_flash  # noqa: E402
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -193,15 +193,9 @@ def test_the_engine_serves_as_with_our_own_attention(kind, monkeypatch):
         for ids, user in zip(make_ids(4, 9).tolist(), [BASE, "a", "a", BASE], strict=True)
     ]
     own = served(policy, requests)
-    made = []
-
-    def flash(*args: Any) -> FlashOps:
-        made.append(FlashOps(*args[:3], FlashFunctions(with_kvcache, varlen)))
-        return made[-1]
-
-    monkeypatch.setattr("fssa_fast.generation.flash_ops.flash_ops", flash)
+    straw_package(monkeypatch)
     assert served(policy, requests, "flash-attn") == own
-    assert made and policy.fused is not None and policy.fused.ops is made[0]
+    assert policy.fused is not None and isinstance(policy.fused.ops, FlashOps)
 
 
 def served(policy: Any, requests: list[dict[str, Any]], attention: str = "own") -> list[list[int]]:
@@ -222,16 +216,26 @@ def straw_package(monkeypatch: pytest.MonkeyPatch, **functions: Any) -> None:
     monkeypatch.setitem(sys.modules, "flash_attn", package)
 
 
+@pytest.fixture
+def untried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(which_ops, "_TRIED", set())
+
+
+def asked_for(dtype: torch.dtype, width: int) -> Any:
+    with use_backend("triton"):
+        return which_ops.ops_for(DEVICE, dtype, width, "flash-attn")
+
+
 @in_its_place
-def test_the_installed_package_is_tried_first(monkeypatch):
-    straw_package(monkeypatch)
-    assert isinstance(flash_ops(DEVICE, torch.bfloat16, 16, PlainOps()), FlashOps)
+def test_the_installed_package_is_tried_first(monkeypatch, untried):
     straw_package(monkeypatch, varlen=lambda *args, **kwargs: 1.5 * varlen(*args, **kwargs))
-    with pytest.raises(BackendError, match=r"flash-attn was tried and is 0\.5\d* from the definition"):
-        flash_ops(DEVICE, torch.bfloat16, 16, PlainOps())
+    with pytest.raises(BackendError, match=r"its attention is 0\.\d* from the definition"):
+        asked_for(torch.bfloat16, 16)
     straw_package(monkeypatch, with_kvcache=lambda q: q)
-    with pytest.raises(BackendError, match="flash-attn was tried and failed: TypeError"):
-        flash_ops(DEVICE, torch.bfloat16, 16, PlainOps())
+    with pytest.raises(BackendError, match="a block was tried and failed: TypeError"):
+        asked_for(torch.bfloat16, 16)
+    straw_package(monkeypatch)
+    assert isinstance(asked_for(torch.bfloat16, 16), FlashOps)
 
 
 @in_its_place
@@ -240,7 +244,7 @@ def test_what_it_does_not_take(monkeypatch):
     for dtype, width, message in ((torch.float32, 16, "got torch.float32"), (torch.bfloat16, 20, "got 20"),
                                   (torch.bfloat16, 264, "got 264")):  # fmt: skip
         with pytest.raises(BackendError, match=message):
-            flash_ops(DEVICE, dtype, width, PlainOps())
+            asked_for(dtype, width)
 
 
 @in_its_place
@@ -256,11 +260,11 @@ def test_asked_for_by_name_it_runs_or_raises(monkeypatch):
 
 
 @in_its_place
-def test_left_to_itself_it_falls_back_and_says_so(monkeypatch, caplog):
+def test_left_to_itself_it_falls_back_and_says_so(monkeypatch, caplog, untried):
     straw_package(monkeypatch, with_kvcache=lambda q: q)
     with use_backend("triton"), caplog.at_level(logging.WARNING, "fssa_fast"):
         ops = which_ops.ops_for(DEVICE, torch.bfloat16, 16)
-    assert not isinstance(ops, FlashOps) and "attention runs by our own kernels: flash-attn was tried" in caplog.text
+    assert not isinstance(ops, FlashOps) and "attention runs by our own kernels: a block was tried" in caplog.text
     straw_package(monkeypatch)
     with use_backend("triton"):
         assert isinstance(which_ops.ops_for(DEVICE, torch.bfloat16, 16), FlashOps)

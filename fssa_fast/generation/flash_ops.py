@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fssa_fast.backends import BackendError
-from fssa_fast.generation.block_ops import AttentionInputs, AttentionSettings, BlockOps, Step
+from fssa_fast.generation.block_ops import AttentionInputs, AttentionSettings, Step
 from fssa_fast.generation.cache import BlockCache
 from fssa_fast.generation.triton_ops import TritonOps, check_range
 from fssa_fast.kernels import block
@@ -131,47 +131,3 @@ class FlashOps(TritonOps):
             out.copy_((by_sequence() if several else each()).view(n, -1))
 
         return run
-
-
-def flash_ops(device: torch.device, dtype: torch.dtype, head_width: int, definition: BlockOps) -> FlashOps:
-    """The steps with the installed package, after a trial beside the definition.
-
-    Raises BackendError with the reason where that fails.
-    """
-    ops = FlashOps(device, dtype, head_width, load_flash())
-    try:
-        apart = max(_trial(ops, definition, device, dtype, head_width, tokens) for tokens in (_DECODE, _PREFILL))
-    except Exception as error:  # anything that a release changes
-        raise BackendError(f"flash-attn was tried and failed: {error!r}") from error
-    if not apart < 0.05:
-        raise BackendError(f"flash-attn was tried and is {apart:.3g} from the definition")
-    return ops
-
-
-_DECODE = [(0, 0), (1, 2)]  # of each token: which sequence, and its position
-_PREFILL = [(1, 0), (1, 1), (0, 0), (1, 2)]
-
-
-def _trial(
-    ops: BlockOps,
-    definition: BlockOps,
-    device: torch.device,
-    dtype: torch.dtype,
-    width: int,
-    tokens: list[tuple[int, int]],
-) -> float:
-    """How far the ops are from the definition in a small case, beside its largest number."""
-    product = torch.linspace(-1, 1, len(tokens) * 4 * width, device=device).sin_().view(len(tokens), -1).to(dtype)
-    sequences, positions = torch.tensor(tokens, dtype=torch.int32, device=device).T.contiguous()
-    cos, sin = torch.ones(4, width, device=device), torch.zeros(4, width, device=device)
-    settings = AttentionSettings(2, 1, width, None, None, 0.0, cos, sin, width**-0.5, 0.0, 0)
-    found = []
-    for each in (ops, definition):
-        cache = BlockCache(1, 1, width, sequences=2, max_length=4, block=each.cache_block, dtype=dtype, device=device)
-        cache.table.copy_(torch.tensor([[1], [2]]))
-        out = torch.empty(len(tokens), 2 * width, dtype=dtype, device=device)
-        q, k, v = product.split([2 * width, width, width], 1)
-        given = AttentionInputs(q, k, v, positions, sequences)
-        each.attention(settings, given, cache, 0, out)()
-        found.append(out.float())
-    return float((found[0] - found[1]).abs().max() / found[1].abs().max())
