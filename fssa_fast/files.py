@@ -83,6 +83,35 @@ def read_json(path: Path) -> Any:
         raise CheckpointError(f"{path}: not JSON: {error}") from error
 
 
+MAX_NODES, MAX_DEPTH, MAX_SCALAR = 10_000, 32, 4096
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """What a small text in YAML holds; `where` names it in the CheckpointError for what is none.
+
+    Nodes and depth are counted before anything is built. Aliases are refused: a few lines of them are a document of any
+    size. Scalars are short, since a number's digits cost their square.
+    """
+    import yaml
+
+    try:
+        depth = 0
+        for number, event in enumerate(yaml.parse(text, Loader=yaml.SafeLoader)):
+            line = f"{where}, line {event.start_mark.line + 1}"
+            if isinstance(event, yaml.AliasEvent):
+                raise CheckpointError(f"{line}: expected no alias, got *{event.anchor[:80]}: write it out")
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_DEPTH or number > MAX_NODES:
+                raise CheckpointError(f"{line}: expected at most {MAX_NODES} values, {MAX_DEPTH} deep, got more")
+            if isinstance(event, yaml.ScalarEvent) and len(event.value) > MAX_SCALAR:
+                raise CheckpointError(f"{line}: expected values of at most {MAX_SCALAR} characters, got more")
+        return yaml.safe_load(text)
+    except CheckpointError:
+        raise
+    except Exception as error:  # of dates, numbers and keys that are none, PyYAML raises what it comes upon
+        raise CheckpointError(f"{where}: not plain YAML: {error}") from error
+
+
 def check_tensors(where: str, shapes: Mapping[str, tuple[int, ...]], expected: Mapping[str, Tensor]) -> None:
     """Raises CheckpointError unless `shapes` has the names and shapes of `expected`, no more and no fewer."""
     for name in sorted(set(expected) - set(shapes)):

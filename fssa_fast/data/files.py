@@ -85,9 +85,14 @@ def read_choices(path: str | os.PathLike[str]) -> list[Choice]:
 def _option(where: str, key: str, value: Any) -> Option:
     if isinstance(value, str):
         return value
-    if isinstance(value, list) and all(type(x) in (int, float) and math.isfinite(x) for x in value):
-        return tuple(float(x) for x in value)
-    raise DataError(f"{where}: {key!r}: expected a text or a list of finite numbers, got {value!r:.80}")
+    if isinstance(value, list) and all(type(x) in (int, float) for x in value):
+        try:
+            numbers = tuple(float(x) for x in value)
+        except OverflowError:  # an integer of hundreds of digits
+            numbers = (math.inf,)
+        if all(math.isfinite(x) for x in numbers):
+            return numbers
+    raise DataError(f"{where}: {key!r}: expected a text or a list of finite numbers, got {str(value)[:80]}")
 
 
 def choice_data(

@@ -28,8 +28,13 @@ def json_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, An
         if line.strip():
             try:
                 content = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"{path}, line {number}: not JSON: {error}") from error
+            if "\\u" in line:
+                try:
+                    json.dumps(content, ensure_ascii=False).encode()
+                except UnicodeEncodeError as error:
+                    raise DataError(f"{path}, line {number}: expected Unicode, got half of a surrogate pair") from error
             if not isinstance(content, dict):
                 raise DataError(f"{path}, line {number}: expected an object, got {type(content).__name__}")
             yield number, content

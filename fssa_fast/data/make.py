@@ -49,7 +49,13 @@ def read_rows(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, Any
     if Path(path).suffix != ".csv":
         raise DataError(f"{path}: expected a file whose name ends in .csv or .jsonl, or the directory of a dataset")
     reader = csv.DictReader(line for _, line in text_lines(path))
-    for row in reader:
+    while True:
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:  # a field of more than 131,072 characters, a line that ends in a quotation
+            raise DataError(f"{path}, line {reader.reader.line_num}: not CSV: {error}") from error
         if None in row or None in row.values():
             raise DataError(f"{path}, line {reader.line_num}: expected {len(reader.fieldnames or ())} fields")
         yield reader.line_num, row

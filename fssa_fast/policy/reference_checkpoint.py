@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import pickletools
 import re
 import zipfile
 from collections.abc import Mapping
@@ -12,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
-from fssa_fast.files import check_fields, check_tensors, read_text
+from fssa_fast.files import check_fields, check_tensors, parse_yaml, read_text
 from fssa_fast.nn import BTL, DPL, NPBTL, CheckpointError, ContextEncoder, RewardModel
 
 CONFIG_NAME = "config.yaml"
@@ -53,6 +53,9 @@ _DECODER = {
 
 _MAX_BLOCKS = 100_000
 _MAX_NAME = 300
+_MAX_PICKLE, _MAX_DEPTH = 4 << 20, 16
+_MARKED = (pickletools.markobject, pickletools.stackslice)
+_FILLING = ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD")
 _CONTEXT = "model.context_encoder."
 _LLM = "model.decoder.conditional_llm.base."
 _FILM = re.compile(
@@ -102,12 +105,7 @@ def read_reference(directory: str | os.PathLike[str]) -> RewardModel | Reference
     Raises: CheckpointError naming the file, what was expected and what came.
     """
     path = Path(directory) / CONFIG_NAME
-    try:
-        document = yaml.safe_load(read_text(path))
-    except CheckpointError:
-        raise
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not plain YAML: {error}") from error
+    document = parse_yaml(read_text(path), str(path))
     check_fields(str(path), document, {"model": dict})
     config = document["model"]
     check_fields(f"{path}, model", config, {"model_type": str})
@@ -133,6 +131,7 @@ def _read_state(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: expected records stored as they are, as torch.save writes, got compressed ones")
     if sum(record.file_size for record in records) > path.stat().st_size:
         raise CheckpointError(f"{path}: expected records no larger than the file, got more")
+    _check_pickle(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -142,12 +141,62 @@ def _read_state(path: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: expected a mapping of names to tensors, got {type(state).__name__}")
     for name, tensor in state.items():
-        if not isinstance(name, str) or len(name) > _MAX_NAME or not isinstance(tensor, Tensor):
-            raise CheckpointError(f"{path}: {str(name)[:120]!r}: expected a tensor, got {type(tensor).__name__}")
+        if not isinstance(name, str) or len(name) > _MAX_NAME:
+            raise CheckpointError(f"{path}: expected names of at most {_MAX_NAME} characters, got {name!r:.120}")
+        if not isinstance(tensor, Tensor):
+            raise CheckpointError(f"{path}: {name[:120]!r}: expected a tensor, got {type(tensor).__name__}")
+        if tensor.device.type != "cpu":
+            raise CheckpointError(f"{path}: {name[:120]!r}: expected numbers, got a tensor on {tensor.device} without")
         # Not contiguous: a huge tensor can be a view of one number.
         if tensor.layout != torch.strided or not tensor.is_contiguous() or tensor.is_quantized:
             raise CheckpointError(f"{path}: {name[:120]!r}: expected a plain contiguous tensor")
+        if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
+            raise CheckpointError(f"{path}: {name[:120]!r}: expected finite numbers, got NaN or infinity")
     return {name: tensor.detach() for name, tensor in state.items()}
+
+
+def _check_pickle(path: Path) -> None:
+    """Raises CheckpointError for a pickle that builds more than a flat mapping of tensors needs; nothing is built.
+
+    A tuple that holds one tuple twice, and so on thirty times, is a hundred bytes, and its hash never ends. What is
+    remembered and fetched again may therefore be plain (a name, a dtype), never a container.
+    """
+    try:
+        data = torch._C.PyTorchFileReader(str(path)).get_record("data.pkl")  # the reader that torch.load uses
+    except RuntimeError as error:
+        raise CheckpointError(f"{path}: not a whole file of torch.save: {error}") from error
+    if len(data) > _MAX_PICKLE:
+        raise CheckpointError(f"{path}: expected at most {_MAX_PICKLE} bytes of names and shapes, got {len(data)}")
+    stack: list[int] = []  # of each value its depth: 0 is plain, -1 is a mark
+    memo: dict[int, int] = {}
+    try:
+        for code, value_of, _ in pickletools.genops(data):
+            argument: Any = value_of
+            if code.name in ("BINPUT", "LONG_BINPUT", "PUT", "MEMOIZE"):
+                memo[len(memo) if code.name == "MEMOIZE" else int(argument)] = stack[-1]
+                continue
+            if code.name in ("BINGET", "LONG_BINGET", "GET"):
+                if memo[int(argument)]:
+                    raise CheckpointError(f"{path}: refused: it holds one container in several places")
+                stack.append(0)
+                continue
+            taken: list[int] = []
+            if pickletools.markobject in code.stack_before:
+                while (value := stack.pop()) != -1:
+                    taken.append(value)
+            for _ in [kind for kind in code.stack_before if kind not in _MARKED]:
+                taken.append(stack.pop())
+            # What is made of parts is one deeper than they; what is filled stays as deep, or gets so.
+            filled = taken.pop() if code.name in _FILLING else 0
+            depth = max(filled, 1 + max(taken)) if taken else int(code.name.startswith("EMPTY_"))
+            depth = 0 if code.name == "STACK_GLOBAL" else depth
+            if depth > _MAX_DEPTH:
+                raise CheckpointError(f"{path}: refused: it nests more than {_MAX_DEPTH} containers")
+            stack += [-1 if kind is pickletools.markobject else depth for kind in code.stack_after]
+    except CheckpointError:
+        raise
+    except Exception as error:  # not a pickle: what is missing on its stack, or in its memo
+        raise CheckpointError(f"{path}: not a whole file of torch.save: {error}") from error
 
 
 # ---------------------------------------------------------------- parts of a state

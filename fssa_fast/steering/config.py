@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import types
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -82,13 +84,22 @@ def from_json(cls: type, data: Any, where: str = "config") -> Any:
     if not isinstance(data, dict):
         raise ConfigError(f"{where}: expected an object with keys {[f.name for f in fields(cls)]}, got {data!r}")
     hints = get_type_hints(cls)
-    unknown = sorted(set(data) - set(hints))
+    unknown = sorted(str(key) for key in data if key not in hints)
     if unknown:
-        raise ConfigError(f"{where}.{unknown[0]}: unknown key; expected some of {sorted(hints)}")
+        hint = did_you_mean(unknown[0], hints)
+        raise ConfigError(f"{where}.{unknown[0]}: unknown key{hint}; expected some of {sorted(hints)}")
     try:
         return cls(**{key: _value(hints[key], value, f"{where}.{key}") for key, value in data.items()})
     except TypeError as error:
         raise ConfigError(f"{where}: {error}") from error
+
+
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    """", did you mean ...?" for what is nearly a known name, its initials (`lr`) or a part of it; else nothing."""
+    text, names = str(name).lower(), sorted(known)
+    found = [one for one in names if "".join(word[:1] for word in one.split("_")) == text]
+    found += difflib.get_close_matches(text, names, n=1) + [one for one in names if len(text) > 3 and text in one]
+    return f", did you mean {found[0]}?" if found else ""
 
 
 def _value(kind: Any, value: Any, where: str) -> Any:
@@ -110,6 +121,8 @@ def _value(kind: Any, value: Any, where: str) -> Any:
         raise ConfigError(f"{where}: expected a list, got {value!r}")
     if hasattr(kind, "__dataclass_fields__"):
         return from_json(kind, value, where)
+    if type(value) is int and abs(value) >= 1 << 63:
+        raise ConfigError(f"{where}: expected an integer of 64 bits, got {str(value)[:20]}...")
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) is not kind:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_type_hints
 
-import yaml
 from transformers import TrainingArguments
 
-from fssa_fast.files import read_text
+from fssa_fast.files import CheckpointError, parse_yaml, read_text
 from fssa_fast.hub import find_folder, is_hub_id
-from fssa_fast.steering.config import ConfigError, LoraConfig, from_json
+from fssa_fast.steering.config import ConfigError, LoraConfig, did_you_mean, from_json
 from fssa_fast.training.fit import ExamplesConfig, RewardConfig
 from fssa_fast.training.policy import NPDPOArguments
 from fssa_fast.training.reward import RewardArguments
@@ -137,24 +137,28 @@ def check_training(settings: dict[str, Any], cls: type[TrainingArguments], where
     found = {}
     for name, value in settings.items():
         if name not in names:
-            raise ConfigError(f"{where}.{name}: unknown key")
+            raise ConfigError(f"{where}.{name}: unknown key{did_you_mean(name, names)}")
         kind = hints[name]
         if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
             try:
                 value = float(value)  # YAML 1.1 reads 3e-4 as a text
-            except ValueError as error:
-                raise ConfigError(f"{where}.{name}: expected a number, got {value!r}") from error
+            except (ValueError, OverflowError) as error:
+                raise ConfigError(f"{where}.{name}: expected a number, got {str(value)[:80]}") from error
         if kind in (bool, int, float, str) and type(value) is not kind:
             raise ConfigError(f"{where}.{name}: expected {kind.__name__}, got {value!r}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{where}.{name}: expected a finite number, got {value}")
+        if type(value) is int and abs(value) >= 1 << 63:
+            raise ConfigError(f"{where}.{name}: expected an integer of 64 bits, got {str(value)[:20]}...")
         found[name] = value
     return found
 
 
 def _yaml(text: str, where: str) -> Any:
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{where}: not YAML: {error}") from error
+        return parse_yaml(text, where)
+    except CheckpointError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _at(home: Path, path: str | None) -> Any:

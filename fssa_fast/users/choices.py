@@ -37,6 +37,11 @@ class Choice:
             raise ValueError("choice: expected two different options, got a thing and itself")
         if not isinstance(self.prompt, str):
             raise TypeError(f"choice: expected a text for prompt, got {_kind(self.prompt)}")
+        for name, text in (("chosen", chosen), ("rejected", rejected), ("prompt", self.prompt)):
+            try:
+                _ = text.encode() if isinstance(text, str) else b""
+            except UnicodeEncodeError as error:
+                raise ValueError(f"choice: expected Unicode for {name}, got half of a surrogate pair") from error
 
 
 def _is_embedding(option: object) -> TypeGuard[Tensor]:
