@@ -1,10 +1,12 @@
 """What has to be set before the first test: how triton runs, and how many threads."""
 
 import os
+from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any
 
 import numpy
+import pytest
 import torch
 
 if not torch.cuda.is_available():  # before anything imports triton: its kernels run in the interpreter
@@ -30,3 +32,16 @@ if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None
     from triton.runtime.interpreter import InterpreterBuilder
 
     InterpreterBuilder.create_dot = product
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Any]:
+    """A PostgreSQL server for the tests of one process; they are skipped where none is installed."""
+    from databases import Server
+
+    try:
+        server = Server()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    yield server
+    server.stop()

@@ -6,11 +6,13 @@ import os
 import random
 import signal
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from databases import Sqlite
+from databases import Postgres, Sqlite
 from tiny import EOS, LATENT, WIDTH, make_choices, make_ids, make_model, make_policy
 
 from fssa_fast import BASE, PRIOR, BankFull, Choice, SteerablePolicy, UnknownUser
@@ -20,9 +22,11 @@ from fssa_fast.users.growing import GrowingContext
 from fssa_fast.users.store import Change, Option, StoredUser
 
 
-@pytest.fixture
-def database(tmp_path: Path) -> Sqlite:
-    return Sqlite(tmp_path)
+@pytest.fixture(params=["sqlite", "postgres"])
+def database(request: pytest.FixtureRequest, tmp_path: Path) -> Sqlite | Postgres:
+    if request.param == "sqlite":
+        return Sqlite(tmp_path)
+    return request.getfixturevalue("postgres").database()
 
 
 def option(seed: int, text: str | None = None) -> Option:
@@ -34,7 +38,7 @@ def stored(name: str, version: int = 1, strength: float = 1.0) -> StoredUser:
     return StoredUser(name, version, strength, torch.randn(LATENT, generator=draw).bfloat16())
 
 
-def at_rest(database: Sqlite, capacity: int = 4, **options: object) -> tuple[SteerablePolicy, StoredUsers]:
+def at_rest(database: Sqlite | Postgres, capacity: int = 4, **options: object) -> tuple[SteerablePolicy, StoredUsers]:
     policy = make_policy(capacity=capacity)
     return policy, policy.use_store(database.where, **options)
 
@@ -373,3 +377,120 @@ def test_an_engine_over_a_small_bank(tmp_path, seed):
     for handle, request in requests:
         assert handle.result(0).tokens == alone.run([request])[0].tokens
     assert not policy.bank._pins
+
+
+# ---------------------------------------------------------------- a refresh that is broken off
+
+
+def broken_refresh(database: Sqlite | Postgres, kill_at: int, count: int = 300) -> None:
+    """`count` users whose refresh towards the encoder of seed 9 was killed at its `kill_at`-th transaction."""
+    policy, users = at_rest(database)
+    users.import_many({f"u{i:03}": make_choices(i, 2) for i in range(count)})
+    users.interpolate("mix", {"u000": 0.5, "u001": 0.5})
+    users._at_rest.close()
+    child = os.fork()
+    if not child:
+        try:
+            store, done = database.open(), 0
+
+            def counted(write: Callable) -> Callable:
+                def call(*arguments: object) -> object:
+                    nonlocal done
+                    found = write(*arguments)
+                    done += 1
+                    if done == kill_at:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    return found
+
+                return call
+
+            store.put, store.set_about = counted(store.put), counted(store.set_about)
+            make_policy(seed=9).use_store(store, refresh=True)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("kill_at", [1, 2])
+def test_a_refresh_killed_half_way_mixes_no_encoders(database, kill_at):
+    """It says so from its first transaction on; the policy it was for goes on, another one is refused."""
+    broken_refresh(database, kill_at)
+    store = database.open()
+    own, other = make_policy(capacity=4), make_policy(seed=9, capacity=4)
+    made_by = {store.get(f"u{i:03}").encoder for i in range(300)}
+    assert len(made_by) == kill_at and store.about()["refreshing"] != store.about()["encoder"]
+    with pytest.raises(StoreError, match="not being encoded again"):
+        own.use_store(store)
+    users = other.use_store(store)
+    assert "refreshing" not in store.about() and len({store.get(f"u{i:03}").encoder for i in range(300)}) == 1
+    fresh = make_policy(seed=9)
+    for name in ("u000", "u299"):
+        fresh.users.add(name, make_choices(int(name[1:]), 2))
+        torch.testing.assert_close(row(other, name), row(fresh, name), rtol=2e-2, atol=2e-2)
+    with pytest.raises(StoreError, match="another's for 'mix', whose choices are not kept"):
+        users["mix"]
+    assert users.update("mix", make_choices(1)).version == 2
+    own.use_store(store, refresh=True)  # and back again
+    assert own.users["u299"].version > 1
+
+
+def test_a_policy_at_work_is_not_given_another_encoders_latents(database):
+    """While another process encodes the store again, for a policy of another encoder."""
+    policy, users = at_rest(database)
+    users.import_many({"a": make_choices(1), "b": make_choices(2)})
+    before = {name: row(policy, name) for name in ("a", "b")}
+    other = make_policy(seed=9)
+    theirs = other.use_store(database.where, refresh=True)
+    assert users["a"].version == 2  # as the other has written it: a latent that is not ours
+    for name in ("a", "b"):
+        assert torch.equal(row(policy, name), before[name])
+    users.scale("a", 0.5)
+    users.add_choices("b", make_choices(3))
+    assert theirs["a"].strength == 0.5 and len(theirs.choices("b")) == 6
+    fresh = make_policy(seed=9)
+    fresh.users.add("b", make_choices(2) + make_choices(3))
+    torch.testing.assert_close(row(other, "b"), row(fresh, "b"), rtol=2e-2, atol=2e-2)
+
+
+def test_an_encoder_that_changed_without_a_refresh_is_noticed(database):
+    policy, users = at_rest(database)
+    users.add("a", make_choices(1))
+    before = row(policy, "a")
+    with torch.no_grad():
+        policy.encoder.outer1.weight.mul_(2.0)
+    for call in (lambda: users["a"], lambda: users.add("b", []), lambda: users.add_choices("a", make_choices(2))):
+        with pytest.raises(StoreError, match=r"refresh\(\) encodes all users again"):
+            call()
+    users.refresh()
+    assert users["a"].version == 2 and not torch.equal(row(policy, "a"), before)
+
+
+def test_strengthen_over_a_store_encodes_nobody_again(database):
+    policy, users = at_rest(database)
+    users.add("a", make_choices(1))
+    before = row(policy, "a")
+    policy.strengthen(0.5)
+    width = policy.layout.modulated
+    assert users["a"].version == 1
+    torch.testing.assert_close(row(policy, "a")[:width], 0.5 * before[:width])
+
+
+# ---------------------------------------------------------------- nobody waits for another
+
+
+def test_readers_do_not_wait_for_another_process_that_writes(database):
+    """Nor for a change of this process that waits for it."""
+    policy, users = at_rest(database)
+    users.import_many({"a": make_choices(1), "b": make_choices(2)})
+    with database.locked():
+        change = threading.Thread(target=users.add_choices, args=("a", make_choices(3)))
+        change.start()
+        begin = time.monotonic()
+        while not policy.bank.capacity - len(policy.bank._free):  # until the change has its slot, and waits
+            assert time.monotonic() - begin < 10
+        with users.slots(["b", "a"]):
+            assert users["b"].version == 1 and len(users.choices("a")) == 3 and len(list(users)) == 2
+        users.blend({"b": 0.5, "a": 0.5})
+        assert change.is_alive() and users["a"].version == 1 and time.monotonic() - begin < 10
+    change.join()
+    assert users["a"].version == 2

@@ -520,3 +520,176 @@ def test_a_policy_without_a_tokenizer_says_so() -> None:
     with pytest.raises(ValueError, match="^prompts: .*no tokenizer"):
         policy.generate(["w7"], [PRIOR])
     assert make_policy(tokenizer=make_tokenizer()).generate(["w7"], [PRIOR], max_new_tokens=1)
+
+
+# ---------------------------------------------------------------- whole, and for nobody to wait for
+
+
+def test_a_request_of_the_prior_keeps_the_row_it_began_with() -> None:
+    """The prior's row changes under way: the request ends as it began, and a later one finds none of its blocks."""
+
+    def make() -> SteerablePolicy:
+        model = make_model(max_position_embeddings=256)
+        model.generation_config.eos_token_id = []
+        return make_policy(model, capacity=4)
+
+    policy, unchanged, changed = make(), make(), make()
+    changed.strengthen(-3.0)
+    request = {"prompt": make_ids(1, 70)[0].tolist(), "user": PRIOR, "max_new_tokens": 12}
+    engine = policy.engine(max_rows=2, max_tokens=512, background=False)
+    first = engine.submit(**request)
+    for _ in range(4):
+        engine.step()
+    assert not first._pieces.empty() and not first.done
+    policy.strengthen(-3.0)
+    assert policy.users.slot(PRIOR) != 1
+    policy.strengthen(1.0)  # its slot is nobody's now: in place
+    second = engine.submit(**request)
+    found = [handle.result(60).tokens for handle in (first, second)]
+    alone = [one.engine(max_rows=1, max_tokens=512, background=False) for one in (unchanged, changed)]
+    wanted = [one.run([request])[0].tokens for one in alone]
+    assert found == wanted and found[0] != found[1]
+    assert free(policy) == policy.bank.capacity and not policy.bank._pins and not policy.bank._released
+
+
+def test_a_generation_of_the_prior_keeps_the_row_it_began_with() -> None:
+    policy = make_policy(capacity=4)
+    ids, options = make_ids(1), {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    wanted = policy.generate(ids, [PRIOR], **options)
+    meanwhile = Meanwhile(3, lambda: policy.strengthen(-3.0))
+    found = policy.generate(ids, [PRIOR], logits_processor=LogitsProcessorList([meanwhile]), **options)
+    assert torch.equal(found, wanted) and not torch.equal(policy.generate(ids, [PRIOR], **options), wanted)
+    assert free(policy) == policy.bank.capacity
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_strengthen_and_refresh_are_whole_or_not_at_all(stored: bool, tmp_path: Any) -> None:
+    policy = make_policy(capacity=2)
+    if stored:
+        policy.use_store(tmp_path / "users.db")
+    policy.users.add_many({"a": make_choices(1), "b": make_choices(2)})
+    weights = [policy.modulator.weight.clone(), policy.modulator.bias.clone()]
+    rows = policy.bank.rows.clone()
+
+    def unchanged() -> bool:
+        now = [policy.modulator.weight, policy.modulator.bias]
+        return torch.equal(policy.bank.rows, rows) and all(map(torch.equal, now, weights))
+
+    with policy.steer(["a", "b", PRIOR]):  # a full bank of running users
+        with pytest.raises(BankFull):
+            policy.strengthen(0.5)
+        assert unchanged()
+        with pytest.raises(BankFull):
+            policy.users.refresh()
+        assert unchanged()
+    for strength in (1e39, float("nan"), 10**400):
+        with pytest.raises(ValueError, match="finite"):
+            policy.strengthen(strength)
+        assert unchanged()
+    policy.strengthen(0.5)
+    assert not unchanged()
+
+
+class SlowEmbedder:
+    """Embeds when it is let."""
+
+    width = WIDTH
+
+    def __init__(self) -> None:
+        self.begun, self.go = threading.Event(), threading.Event()
+
+    def encode(self, texts: list[tuple[str, str]]) -> torch.Tensor:
+        self.begun.set()
+        assert self.go.wait(60)
+        return torch.randn(len(texts), WIDTH)
+
+
+@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda users, own: users.add("c", own),
+        lambda users, own: users.add_many({"c": own, "d": own}),
+        lambda users, own: users.update("a", own),
+        lambda users, own: users.add_choices("a", own),
+    ],
+)
+def test_nobody_waits_for_anothers_embedding(change: Any, stored: bool, tmp_path: Any) -> None:
+    policy = make_policy()
+    if stored:
+        policy.use_store(tmp_path / "users.db")
+    policy.users.add_many({"a": make_choices(1), "b": make_choices(2)})
+    policy.embedder = embedder = SlowEmbedder()  # type: ignore[assignment]
+    thread = threading.Thread(target=change, args=(policy.users, [Choice("yes", "no")]))
+    thread.start()
+    assert embedder.begun.wait(60)
+
+    def others() -> None:
+        with policy.steer(["a", "b", PRIOR]):
+            policy.users.scale("b", 0.5)
+            policy.users.blend({"a": 0.5, "b": 0.5})
+
+    other = threading.Thread(target=others)
+    other.start()
+    other.join(20)
+    waits = other.is_alive()
+    embedder.go.set()
+    for one in (thread, other):
+        one.join()
+    assert not waits
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ([Choice("a", "b")] * 10_001, "^choices: expected at most 10,000 a call, got 10,001"),
+        ([Choice("a", "b"), Choice("x" * 65_537, "b")], r"^choices\[1\].chosen: expected at most 65,536 characters"),
+        ([Choice("a", "b", "x" * 65_537)], r"^choices\[0\].prompt: expected at most 65,536 characters, got 65,537"),
+        ([Choice("a", "\ud800")], r"^choices\[0\].rejected: expected text without NUL and lone surr.*, got '.ud800'"),
+        ([Choice("a", "b\0")], r"^choices\[0\].rejected: expected text without NUL"),
+    ],
+)
+def test_limits_of_a_call_are_named(choices: Any, message: str) -> None:
+    policy = make_policy()
+    policy.users.add("a", make_choices(1))
+    before = state(policy)
+    for change in (policy.users.update, policy.users.add_choices):
+        with pytest.raises(ValueError, match=message):
+            change("a", choices)
+    with pytest.raises(ValueError, match=message):
+        policy.users.add("b", choices)
+    assert state(policy) == before
+
+
+def test_an_unknown_user_is_told_of_nobody_else(tmp_path: Any) -> None:
+    policy = make_policy()
+    policy.users.add("secret", [])
+    with pytest.raises(UnknownUser) as plain:
+        policy.users["b"]
+    policy.users.remove("secret")
+    policy.use_store(tmp_path / "users.db").add("secret", [])
+    with pytest.raises(UnknownUser) as stored:
+        policy.users["b"]
+    assert not any("secret" in f"{error.value} {error.value!r}" for error in (plain, stored))
+
+
+def test_a_slot_that_another_thread_takes_is_evicted_for_again() -> None:
+    """Between one thread's eviction and its taking another thread takes the slot: there is more to evict."""
+    bank = make_policy(capacity=3).bank
+    with bank.take(3) as slots:
+        left = list(slots)
+    stolen: list[int] = []
+
+    def evict() -> bool:
+        if not left:
+            return False
+        bank.release(left.pop())
+        if not stolen:
+            stolen.append(bank._free.pop())  # the other thread
+        return True
+
+    bank.evict = evict
+    with bank.take() as (slot,):
+        assert slot not in stolen and len(left) == 1
+    with pytest.raises(BankFull), bank.take(2):
+        pass

@@ -13,12 +13,13 @@ if TYPE_CHECKING:
 Policy = Annotated[Path, typer.Argument(help="A saved policy: the folder with steering.json.")]
 Base = Annotated[str | None, typer.Option(help="The base model's path, if not the one that the policy names.")]
 Embedder = Annotated[str | None, typer.Option(help="The embedder's path, if not the one that the policy names.")]
-StoreOption = Annotated[Path | None, typer.Option(help="The users' database, made where there is none.")]
-Store = Annotated[Path, typer.Option(help="The users' database.")]
+_STORE = "The users' database: a file, made where there is none, or a URL postgresql://..."
+StoreOption = Annotated[str | None, typer.Option(help=_STORE)]
+Store = Annotated[str, typer.Option(help=_STORE)]
 
 
 def load_policy(
-    directory: Path, base: str | None, embedder: str | None, store: Path | None, room: int = 64
+    directory: Path, base: str | None, embedder: str | None, store: str | None, room: int = 64
 ) -> SteerablePolicy:
     """The policy on its base model, with its users in that store; room for so many of them at once."""
     from fssa_fast.policy import SteerablePolicy

@@ -35,13 +35,13 @@ def serve(
         from fssa_fast.serving.keys import read_keys
         from fssa_fast.serving.server import is_loopback, run
     from fssa_fast.policy import SteerablePolicy
-    from fssa_fast.users import SqliteStore
+    from fssa_fast.users import open_store
 
     keys = None if api_keys is None else read_keys(api_keys)
     if keys is None and not is_loopback(host):
         raise ValueError(f"host: expected the loopback, since no --api-keys are given; got {host}")
     loaded = SteerablePolicy.from_pretrained(policy, base, embedder=embedder, capacity=max(64, 4 * rows))
-    users = SqliteStore(store)
+    users = open_store(store)
     loaded.use_store(users)
     engine = loaded.engine(max_rows=rows, max_tokens=cache_tokens, max_waiting=waiting, step_tokens=max(256, rows))
     app = make_app(loaded, engine, users, Settings(name or policy.resolve().name, create_users), keys)

@@ -14,7 +14,7 @@ from fssa_fast.commands.jsonl import check_keys, choice_of, object_of, read_obje
 from fssa_fast.commands.options import Base, Embedder, Policy, Store, load_policy
 
 if TYPE_CHECKING:
-    from fssa_fast.users import SqliteStore, StoredUsers
+    from fssa_fast.users import StoredUsers, UserStore
     from fssa_fast.users.choices import Choice
 
 app = typer.Typer(help="The users of a database: their choices, and what was made of them.", no_args_is_help=True)
@@ -59,7 +59,7 @@ def show(
 def remove(store: Store, name: Name) -> None:
     """Forget a user, with the choices."""
     if not _open(store).remove(name):
-        raise ValueError(f"name: expected a user of {store}, got {name!r}")
+        raise ValueError(f"name: expected one who is in the store, got {name!r}")
     typer.echo(f"{name}: removed")
 
 
@@ -127,7 +127,7 @@ def _named(input: Path) -> dict[str, tuple[list[Choice], float]]:
     return found
 
 
-def _users(policy: Path, base: str | None, embedder: str | None, store: Path) -> StoredUsers:
+def _users(policy: Path, base: str | None, embedder: str | None, store: str) -> StoredUsers:
     from fssa_fast.users import StoredUsers
 
     users = load_policy(policy, base, embedder, store).users
@@ -135,18 +135,18 @@ def _users(policy: Path, base: str | None, embedder: str | None, store: Path) ->
     return users
 
 
-def _open(store: Path) -> SqliteStore:
-    from fssa_fast.users import SqliteStore
+def _open(store: str) -> UserStore:
+    from fssa_fast.users.open_store import is_url, open_store
 
-    if not store.is_file():
+    if not is_url(store) and not Path(store).is_file():
         raise FileNotFoundError(f"store: expected a database, got {store}, which is not there")
-    return SqliteStore(store)
+    return open_store(store)
 
 
-def _line(at_rest: SqliteStore, name: str) -> str:
+def _line(at_rest: UserStore, name: str) -> str:
     user = at_rest.get(name)
     if user is None:
-        raise ValueError(f"name: expected a user of {at_rest.path}, got {name!r}")
+        raise ValueError(f"name: expected one who is in the store, got {name!r}")
     choices = "choices not kept" if user.choices is None else f"{user.choices} choices"
     return f"{name}: version {user.version}, strength {user.strength:g}, {choices}"
 

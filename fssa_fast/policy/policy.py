@@ -25,7 +25,7 @@ from fssa_fast.steering.current import ActiveUsers
 from fssa_fast.steering.sites import plan_sites
 from fssa_fast.users.bank import Bank
 from fssa_fast.users.embedder import TextEmbedder
-from fssa_fast.users.sqlite_store import SqliteStore
+from fssa_fast.users.open_store import open_store
 from fssa_fast.users.store import UserStore
 from fssa_fast.users.stored_users import StoredUsers
 from fssa_fast.users.users import Users
@@ -135,13 +135,16 @@ class SteerablePolicy(nn.Module):
         return self.model
 
     def use_store(self, store: UserStore | str | os.PathLike[str], **options: Any) -> StoredUsers:
-        """Keeps the users in a store from now on, a SQLite file by its path; see `fssa_fast.users.StoredUsers`.
+        """Keeps the users in a store from now on; see `fssa_fast.users.StoredUsers`.
 
-        Raises ValueError where users have been added already; StoreError.
+        Args: store: a SQLite file by its path, a PostgreSQL database by its URL ("postgresql://..."), or any store.
+
+        Raises ValueError where users have been added already; StoreError; ImportError for a URL without
+        `fssa-fast[postgres]`.
         """
         if len(self.users):
             raise ValueError(f"store: expected a policy without users, got one with {len(self.users)}")
-        at_rest = SqliteStore(store) if isinstance(store, (str, os.PathLike)) else store
+        at_rest = open_store(store) if isinstance(store, (str, os.PathLike)) else store
         self.users = users = StoredUsers(self, at_rest, **options)
         return users
 

@@ -3,6 +3,7 @@
 from fssa_fast.users.bank import BankFull
 from fssa_fast.users.choices import Choice
 from fssa_fast.users.embedder import TextEmbedder
+from fssa_fast.users.open_store import open_store
 from fssa_fast.users.sqlite_store import SqliteStore
 from fssa_fast.users.store import StoreConflict, StoreError, UserStore
 from fssa_fast.users.stored_users import StoredUsers
@@ -22,4 +23,5 @@ __all__ = [
     "User",
     "UserStore",
     "Users",
+    "open_store",
 ]
