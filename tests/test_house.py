@@ -20,6 +20,7 @@ ROOMS = [  # from the top
     "reproduce",
     "evaluation",
     "training",
+    "vllm",
     "policy",
     "generation",
     "steering",

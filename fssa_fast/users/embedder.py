@@ -42,9 +42,18 @@ def weight_fingerprint(model: Any) -> tuple[float, ...]:
     wide models those of all rows, whatever the weights, are nearly the same.)
     """
     table = model.get_input_embeddings().weight.detach()
-    rows = torch.linspace(0, table.shape[0] - 1, 8).round().long().to(table.device)
-    direction = torch.arange(table.shape[1], dtype=torch.float32).cos()
-    return tuple(round(float(value), 6) for value in table[rows].float().cpu() @ direction)
+    return fingerprint_of_rows(table[fingerprinted_rows(len(table)).to(table.device)])
+
+
+def fingerprinted_rows(count: int) -> Tensor:
+    """Which rows, of so many, a fingerprint is made of."""
+    return torch.linspace(0, count - 1, 8).round().long()
+
+
+def fingerprint_of_rows(rows: Tensor) -> tuple[float, ...]:
+    """The fingerprint of a model whose `fingerprinted_rows` are these, [8, D]."""
+    direction = torch.arange(rows.shape[1], dtype=torch.float32).cos()
+    return tuple(round(float(value), 6) for value in rows.float().cpu() @ direction)
 
 
 def same_fingerprint(a: Sequence[float], b: Sequence[float]) -> bool:

@@ -60,7 +60,7 @@ class StoredUsers(Users):
         # Changes of one user, one after the other; one lock for many users, so that there is nothing to clear away.
         self._changes = [threading.RLock() for _ in range(64)]
         self._again = 0  # how often all rows have been written again
-        self._fingerprint, self._weights = _fingerprint(policy.encoder), _versions(policy.encoder)
+        self._fingerprint, self._weights = encoder_fingerprint(policy.encoder), _versions(policy.encoder)
         about = store.about()
         known, towards = about.get("encoder"), about.get("refreshing")
         if refresh or towards == self._fingerprint:
@@ -224,7 +224,7 @@ class StoredUsers(Users):
         towards which encoder, and, broken off, goes on at the next call, or when it is opened. Users without choices
         cannot be encoded again: asked for, they raise StoreError until they are updated or removed.
         """
-        fingerprint, weights = _fingerprint(self._policy.encoder), _versions(self._policy.encoder)
+        fingerprint, weights = encoder_fingerprint(self._policy.encoder), _versions(self._policy.encoder)
         with self._lock:
             self._write_again()
             self._fingerprint, self._weights = fingerprint, weights
@@ -242,7 +242,7 @@ class StoredUsers(Users):
         """The fingerprint of the policy's encoder, which nobody has changed since it was taken."""
         encoder = self._policy.encoder
         if (weights := _versions(encoder)) != self._weights:
-            if _fingerprint(encoder) != self._fingerprint:
+            if encoder_fingerprint(encoder) != self._fingerprint:
                 raise StoreError(
                     "store: expected the encoder's weights as they were when it was opened, got others; "
                     "policy.users.refresh() encodes all users again"
@@ -471,7 +471,7 @@ def _pairs(choices: Choices, width: int) -> Tensor:
     return torch.stack(sides).view(-1, 2, width) if sides else torch.empty(0, 2, width)
 
 
-def _fingerprint(encoder: ContextEncoder) -> str:
+def encoder_fingerprint(encoder: ContextEncoder) -> str:
     """Tells one encoder's weights from another's."""
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(encoder.state_dict().items()):
