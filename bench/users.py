@@ -29,7 +29,7 @@ from fssa_fast.users import SqliteStore, StoredUsers
 from fssa_fast.users.bank import Bank
 from fssa_fast.users.growing import GrowingContext
 from fssa_fast.users.store import Change, Option, StoredUser
-from fssa_fast.users.stored_users import _fingerprint
+from fssa_fast.users.stored_users import encoder_fingerprint
 
 EMBEDDING, LATENT, WIDTH = 384, 256, 30 * (2 * 576 + 4 * 16)
 
@@ -109,7 +109,7 @@ def changes(folder: Path, rounds: int) -> Iterator[dict[str, Any]]:
 def at_rest(folder: Path, count: int, shared: bool, fetches: int) -> dict[str, Any]:
     """`count` users of ten choices: bytes each, and how long fetching one takes."""
     draw, steering = random.Random(0), Steering(256)
-    store, encoder = SqliteStore(folder / f"{count}-{shared}.db"), _fingerprint(steering.encoder)
+    store, encoder = SqliteStore(folder / f"{count}-{shared}.db"), encoder_fingerprint(steering.encoder)
     catalogue = [Option(torch.randn(EMBEDDING)) for _ in range(1000)]
     begin = time.perf_counter()
     for start in range(0, count, 1000):

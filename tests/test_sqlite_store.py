@@ -17,7 +17,7 @@ from tiny import LATENT, WIDTH, make_choices, make_policy
 from fssa_fast import Choice, SteerablePolicy
 from fssa_fast.users import SqliteStore, StoredUsers, StoreError
 from fssa_fast.users.store import Change, Option, StoredUser, tensor_bytes
-from fssa_fast.users.stored_users import _fingerprint
+from fssa_fast.users.stored_users import encoder_fingerprint
 
 
 def option(seed: int, text: str | None = None) -> Option:
@@ -227,7 +227,7 @@ def test_a_store_of_version_1_is_taken_over(database):
     with sqlite3.connect(database.where) as db:
         for statement in VERSION_1:
             db.execute(statement)
-        db.execute("INSERT INTO about VALUES ('encoder', ?)", (_fingerprint(policy.encoder),))
+        db.execute("INSERT INTO about VALUES ('encoder', ?)", (encoder_fingerprint(policy.encoder),))
         for number in (1, 2):
             one = option(number, f"text {number}")
             values = (number, one.key(), 1, tensor_bytes(one.embedding), one.text, "")

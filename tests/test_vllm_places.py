@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from fssa_fast.users.sqlite_store import SqliteStore
-from fssa_fast.users.store import Change, StoredUser
+from fssa_fast.users.store import Change, StoredUser, StoreError
 from fssa_fast.vllm import BASE, PRIOR
 from fssa_fast.vllm.latents import Steering, cache_salt, decode, encode
 from fssa_fast.vllm.named import NamedUsers
@@ -279,9 +279,11 @@ def test_a_runner_whose_model_is_not_steered_is_left_alone() -> None:
 @pytest.fixture
 def users(tmp_path: Any) -> NamedUsers:
     store = SqliteStore(tmp_path / "users.db")
-    store.put([Change(StoredUser("alice", 1, 2.0, torch.full((4,), 1.0).bfloat16()))])
-    store.put([Change(StoredUser("bob", 1, 1.0, torch.full((4,), -2.0).bfloat16()))])
-    return NamedUsers(store, torch.zeros(4).bfloat16(), largest_weight=1.0, largest_bias=1.0, limit=1e4)
+    store.put([Change(StoredUser("alice", 1, 2.0, torch.full((4,), 1.0).bfloat16(), "own"))])
+    store.put([Change(StoredUser("bob", 1, 1.0, torch.full((4,), -2.0).bfloat16(), "own"))])
+    return NamedUsers(
+        store, torch.zeros(4).bfloat16(), encoder="own", largest_weight=1.0, largest_bias=1.0, limit=1e4
+    )
 
 
 def test_names_blends_and_latents_become_texts(users: NamedUsers) -> None:
@@ -325,6 +327,12 @@ def test_names_blends_and_latents_become_texts(users: NamedUsers) -> None:
 def test_what_cannot_be_served_raises_and_says_so(users: NamedUsers, asked: dict[str, Any], message: str) -> None:
     with pytest.raises((ValueError, LookupError), match=message):
         users.text(asked)
+
+
+def test_a_latent_of_another_encoder_is_not_served(users: NamedUsers) -> None:
+    users._store.put([Change(StoredUser("carol", 1, 1.0, torch.zeros(4).bfloat16(), "another"))])
+    with pytest.raises(StoreError, match="carol"):
+        users.text({"fssa_user": "carol"})
 
 
 # ---------------------------------------------------------------- refusals and options

@@ -27,15 +27,23 @@ class NamedUsers:
     """The users of a store, by name, as the workers are told of them.
 
     Args:
-        store: None where only latents are sent. prior: the latent [H] of the empty context.
+        store: None where only latents are sent. prior: the latent [H] of the empty context. encoder: the
+            fingerprint of the one that made it.
         largest_weight, largest_bias: the largest norm of a row of the modulator's weight, and number of its bias.
         limit: the largest number that a row may hold.
     """
 
     def __init__(
-        self, store: UserStore | None, prior: Tensor, *, largest_weight: float, largest_bias: float, limit: float
+        self,
+        store: UserStore | None,
+        prior: Tensor,
+        *,
+        encoder: str,
+        largest_weight: float,
+        largest_bias: float,
+        limit: float,
     ) -> None:
-        self._store, self._prior = store, prior
+        self._store, self._prior, self._encoder = store, prior, encoder
         self._weight, self._bias, self._limit = largest_weight, largest_bias, limit
 
     @classmethod
@@ -53,11 +61,13 @@ class NamedUsers:
         empty = torch.empty(0, 2, policy.saved.config.encoder.embedding_width)
         prior = encoder.latents(empty, torch.empty(0, dtype=torch.long), torch.tensor([0, 0]))[0].bfloat16()
         store = None if options.users is None else SqliteStore(options.users)
-        if store is not None and store.about().get("encoder") not in (None, encoder_fingerprint(encoder)):
+        fingerprint = encoder_fingerprint(encoder)
+        if store is not None and store.about().get("encoder") not in (None, fingerprint):
             raise StoreError(f"{options.users}: expected latents of the policy's encoder, got another's")
         return cls(
             store,
             prior,
+            encoder=fingerprint,
             largest_weight=float(weight.norm(dim=1).max()) if len(weight) else 0.0,
             largest_bias=float(bias.abs().max()) if len(bias) else 0.0,
             limit=torch.finfo(model_config.dtype).max,
@@ -104,6 +114,8 @@ class NamedUsers:
         user = self._store.get(name)
         if user is None:
             raise LookupError(f"user: expected one that the store has, got {name[:80]!r}")
+        if user.encoder != self._encoder:
+            raise StoreError(f"store: expected a latent of the policy's encoder for {name!r}, got another's")
         return Steering(user.strength, user.latent)
 
     def _blend(self, weights: Mapping[str, float]) -> Steering:
