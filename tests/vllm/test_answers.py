@@ -86,7 +86,8 @@ def test_base_rows_are_plain_vllms_bit_for_bit(tiny: Any) -> None:
 
 def test_chunks_preemption_and_prefixes_change_no_answer(tiny: Any) -> None:
     policy, folder = tiny("Llama")
-    llm = serve(folder, max_num_batched_tokens=16, num_gpu_blocks_override=14, block_size=32, enable_prefix_caching=True)
+    small = {"max_num_batched_tokens": 16, "num_gpu_blocks_override": 14}  # chunks of a prompt, and preemption
+    llm = serve(folder, **small, block_size=32, enable_prefix_caching=True)
     long = [(prompts()[7] * 3)[:70] for _ in USERS]
     asked = list(zip(long, USERS, strict=True))
     for _ in range(2):  # the second time, from the blocks of the first
