@@ -189,7 +189,7 @@ def test_bad_files_are_named(lines: list[Any], message: str, tmp_path: Path) -> 
 
 def test_a_user_with_one_choice_is_named(tmp_path: Path) -> None:
     path = write(tmp_path / "c.jsonl", *(pair("ann", [i], [i + 0.5]) for i in range(3)), pair("bob", [0], [1]))
-    with pytest.raises(DataError, match="line 4: expected choices of two groups or more for user 'bob', got 1"):
+    with pytest.raises(DataError, match="line 4: expected choices of two groups or more of every user, got 1 .*'bob'"):
         choice_data(read_choices(path), path=path)
     with pytest.raises(DataError, match="no embedder"):
         choice_data(read_choices(write(tmp_path / "t.jsonl", pair(), pair(chosen="a", rejected="b"))), path=path)
@@ -208,34 +208,54 @@ def made(folder: Path) -> list[tuple[str, Any, Any]]:
 
 
 def test_ratings_votes_and_rankings(tmp_path: Path) -> None:
-    text = "user,item,value\nann,x,2\nann,y,1\nann,z,1\nbob,x,-1\nbob,y,1\nbob,z,0\n"
+    text = "user,item,value\nann,x,2\nann,y,1\nann,z,1\nann,w,2\nbob,x,-1\nbob,y,1\nbob,z,0\nbob,w,2\n"
     ratings = table(tmp_path / "r.csv", text)
     record = make_choices(ratings, tmp_path / "ratings", "ratings")
     assert made(tmp_path / "ratings") == [
-        ("ann", "x", "y"), ("ann", "x", "z"), ("bob", "y", "x"), ("bob", "z", "x"), ("bob", "y", "z"),
+        ("ann", "x", "y"), ("ann", "x", "z"), ("ann", "w", "y"), ("ann", "w", "z"),
+        ("bob", "y", "x"), ("bob", "z", "x"), ("bob", "w", "x"), ("bob", "y", "z"), ("bob", "w", "y"),
+        ("bob", "w", "z"),
     ]  # fmt: skip
     assert record == json.loads((tmp_path / "ratings" / "choices.json").read_text()) and record["users"] == 2
-    assert len(record["source"]["sha256"]) == 64 and record["choices"]["count"] == 5
+    assert len(record["source"]["sha256"]) == 64 and record["choices"]["count"] == 10
     make_choices(ratings, tmp_path / "rankings", "rankings")
     assert made(tmp_path / "rankings")[0] == ("ann", "y", "x")
-    cast = table(tmp_path / "v.csv", text + "cy,x,5\ncy,y,-2\ncy,z,-3\n")
-    record = make_choices(cast, tmp_path / "votes", "votes")
-    assert made(tmp_path / "votes") == [("cy", "x", "y"), ("cy", "x", "z")]
-    assert record["users left out for too few choices"] == ["bob"]  # ann voted for all
-    make_choices(ratings, tmp_path / "margin", "ratings", margin=1.5, min_choices=1)
-    assert made(tmp_path / "margin") == [("bob", "y", "x")]
-    make_choices(ratings, tmp_path / "few", "ratings", max_pairs=1, min_choices=2)
-    assert len(made(tmp_path / "few")) == 2
+    cast = table(tmp_path / "v.csv", text + "cy,x,5\ncy,y,-2\ncy,z,-3\ncy,w,1\n")
+    make_choices(cast, tmp_path / "votes", "votes")
+    assert made(tmp_path / "votes") == [("cy", "x", "y"), ("cy", "x", "z"), ("cy", "w", "y"), ("cy", "w", "z")]
+    make_choices(ratings, tmp_path / "margin", "ratings", margin=0.5)
+    assert len(made(tmp_path / "margin")) == 10
+    make_choices(ratings, tmp_path / "few", "ratings", max_pairs=5)
+    assert len(made(tmp_path / "few")) == 9
+
+
+def test_users_who_cannot_be_learnt_from_are_all_found_in_one_pass_with_their_reasons(tmp_path: Path) -> None:
+    rows = [(user, item, value) for user in ("ann", "bob") for item, value in zip("wxyz", (1, 2, 3, 4), strict=True)]
+    rows += [(f"alike{i}", item, 3) for i in range(5) for item in "wxyz"] + [("one", "x", 5)]
+    rows += [("few", "x", 1), ("few", "y", 2)]
+    rows += [(f"star{i}", item, value) for i in range(3) for item, value in (("x", 1), ("y", 0), ("z", 0))]
+    path = table(tmp_path / "r.csv", "user,item,value\n" + "".join(f"{u},{i},{v}\n" for u, i, v in rows))
+    record = make_choices(path, tmp_path / "out", "ratings")
+    assert record["users"] == 2 and record["users left out"] == {
+        "no two things rated differently": [*(f"alike{i}" for i in range(5)), "one"],
+        "fewer than 2 choices": ["few"],
+        "no choice that can be predicted from another": ["star0", "star1", "star2"],
+    }
+    read = read_choices(tmp_path / "out" / "choices.jsonl")
+    assert choice_data(read, lambda texts: torch.zeros(len(texts), 2)).users == ("ann", "bob")
+    only = table(tmp_path / "o.csv", "user,item,value\n" + "".join(f"{u},{i},{v}\n" for u, i, v in rows[8:]))
+    with pytest.raises(DataError, match="got none; 6 with no two .*, 1 with fewer .*, 3 with no choice that can be"):
+        make_choices(only, tmp_path / "none", "ratings")
 
 
 def test_datasets(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
-    rows = {"user": ["ann", "ann", "ann"], "item": ["x", "y", "z"], "value": [2, 1, 0]}
+    rows = {"user": ["ann"] * 4, "item": ["x", "y", "z", "w"], "value": [2, 1, 1, 2]}
     dataset = datasets.Dataset.from_dict(rows)
     dataset.save_to_disk(tmp_path / "d")
     record = make_choices(tmp_path / "d", tmp_path / "o", "ratings")
-    assert made(tmp_path / "o") == [("ann", "x", "y"), ("ann", "x", "z"), ("ann", "y", "z")]
-    again = datasets.Dataset.from_dict(rows | {"value": [2, 1, 1]})
+    assert made(tmp_path / "o") == [("ann", "x", "y"), ("ann", "x", "z"), ("ann", "w", "y"), ("ann", "w", "z")]
+    again = datasets.Dataset.from_dict(rows | {"value": [2, 1, 1, 3]})
     again.save_to_disk(tmp_path / "e")
     assert record["source"]["sha256"] != make_choices(tmp_path / "e", tmp_path / "o", "ratings")["source"]["sha256"]
     datasets.DatasetDict(train=dataset, test=dataset).save_to_disk(tmp_path / "splits")
@@ -248,11 +268,11 @@ def test_datasets(tmp_path: Path) -> None:
 
 
 def test_pairs_and_items(tmp_path: Path) -> None:
-    items = read_items(table(tmp_path / "i.csv", "item,price,time\nx,1,2\ny,3,4\nz,5,6\n"))
-    assert items == {"x": (1.0, 2.0), "y": (3.0, 4.0), "z": (5.0, 6.0)}
-    lines = write(tmp_path / "p.jsonl", {"who": "a", "won": "x", "lost": "y"}, {"who": "a", "won": "x", "lost": "z"})
+    items = read_items(table(tmp_path / "i.csv", "item,price,time\nx,1,2\ny,3,4\nz,5,6\nw,7,8\n"))
+    assert items == {"x": (1.0, 2.0), "y": (3.0, 4.0), "z": (5.0, 6.0), "w": (7.0, 8.0)}
+    lines = write(tmp_path / "p.jsonl", {"who": "a", "won": "x", "lost": "y"}, {"who": "a", "won": "w", "lost": "z"})
     make_choices(lines, tmp_path / "out", "pairs", columns=Columns("who", chosen="won", rejected="lost"), items=items)
-    assert made(tmp_path / "out") == [("a", (1.0, 2.0), (3.0, 4.0)), ("a", (1.0, 2.0), (5.0, 6.0))]
+    assert made(tmp_path / "out") == [("a", (1.0, 2.0), (3.0, 4.0)), ("a", (7.0, 8.0), (5.0, 6.0))]
     named = read_items(table(tmp_path / "n.csv", "item,text\nx,Boil it.\n"), text="text")
     assert named == {"x": "Boil it."}
 
@@ -266,7 +286,7 @@ def test_pairs_and_items(tmp_path: Path) -> None:
         ("user,item,value\nann,w,1\n", "line 2: unknown item 'w'"),
         ("user,item\nann,x\n", "line 2: column 'value' is missing"),
         ("user,item,value\nann,x\n", "line 2: expected 3 fields"),
-        ("user,item,value\nann,x,1\nann,y,1\n", "expected users with 2 choices or more, got none"),
+        ("user,item,value\nann,x,1\nann,y,1\n", "got none; 1 with no two things"),
     ],
 )
 def test_bad_tables_are_named(text: str, message: str, tmp_path: Path) -> None:

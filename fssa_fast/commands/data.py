@@ -49,5 +49,7 @@ def make_choices(
         min_choices=min_choices,
         seed=seed,
     )
-    few = len(record["users left out for too few choices"])
-    typer.echo(f"{out}: {record['choices']['count']} choices of {record['users']} users; {few} users had too few")
+    typer.echo(f"{out}: {record['choices']['count']} choices of {record['users']} users")
+    for reason, users in record["users left out"].items():
+        if users:
+            typer.echo(f"{out}: left out {len(users)} users with {reason}")

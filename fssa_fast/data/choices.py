@@ -65,12 +65,15 @@ class ChoiceData:
 
     def predictable(self) -> ChoiceData:
         """Without the users of whose choices none is left to predict when another is known: all share a group."""
+        return self.of_users(self.splittable())
+
+    def splittable(self) -> list[int]:
+        """The users of whose choices some are left to predict when another is known, by number."""
         rng = np.random.default_rng(0)
-        kept = [
+        return [
             i for i, own in enumerate(self.choices)
             if len(own) > 1 and any(len(b) and len(a) for a, b in (self._sides(own, rng, 0.5) for _ in range(8)))
         ]  # fmt: skip
-        return self.of_users(kept)
 
     def _sides(self, own: Indices, rng: np.random.Generator, share: float) -> tuple[Indices, Indices]:
         """A user's choices within a random share of the groups, and those within the other groups."""

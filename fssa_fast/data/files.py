@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fssa_fast.data.choices import ChoiceData
@@ -100,13 +101,45 @@ def choice_data(
 ) -> ChoiceData:
     """The choices as arrays; `embed` turns (prompt, text) pairs into embeddings [n, E].
 
-    Raises DataError for texts without `embed`, and for a user of whose choices none can be predicted from another.
+    Raises DataError for texts without `embed`, and for users of whose choices none can be predicted from another.
     """
+    alone = unsplittable(choices)
+    if alone:
+        first = next(choice for choice in choices if choice.user == alone[0])
+        raise DataError(
+            f"{path}, line {first.line}: expected choices of two groups or more of every user, got {len(alone)} users "
+            f"of whose choices none can be predicted from another: {', '.join(map(repr, alone[:5]))}"
+            f"{', ...' if len(alone) > 5 else ''}; fssa data make-choices leaves them out"
+        )
+    numbers, groups, by_user = _numbered(choices)
+    texts = [(prompt, option) for prompt, option in numbers if isinstance(option, str)]
+    if texts and embed is None:
+        raise DataError(f"{path}: expected features, since no embedder was named; got texts")
+    if texts and embed is not None:
+        options = embed(texts).float().cpu()
+    else:
+        options = torch.tensor([option for _, option in numbers], dtype=torch.float32)
+    return ChoiceData(options, groups, tuple(by_user), tuple(by_user.values()))
+
+
+def unsplittable(choices: Sequence[Choice]) -> list[str]:
+    """The users of whose choices none can be predicted from another, since all share a group."""
+    if not choices:
+        return []
+    numbers, groups, by_user = _numbered(choices)
+    data = ChoiceData(torch.zeros(len(numbers), 1), groups, tuple(by_user), tuple(by_user.values()))
+    kept = set(data.splittable())
+    return [user for i, user in enumerate(data.users) if i not in kept]
+
+
+def _numbered(
+    choices: Sequence[Choice],
+) -> tuple[dict[tuple[str, Option], int], NDArray[np.int64], dict[str, NDArray[np.int64]]]:
+    """Numbers of the options, (prompt, option); the group of each; and of each user the choices, by number."""
     numbers: dict[tuple[str, Option], int] = {}
     groups: dict[tuple[str, Any], int] = {}
     of_option: list[int] = []
     by_user: dict[str, list[tuple[int, int]]] = {}
-    first: dict[str, int] = {}
     for choice in choices:
         pair = []
         for option in (choice.chosen, choice.rejected):
@@ -117,28 +150,8 @@ def choice_data(
                 of_option.append(groups.setdefault(name, len(groups)))
             pair.append(numbers[key])
         by_user.setdefault(choice.user, []).append((pair[0], pair[1]))
-        first.setdefault(choice.user, choice.line)
-    texts = [(prompt, option) for prompt, option in numbers if isinstance(option, str)]
-    if texts and embed is None:
-        raise DataError(f"{path}: expected features, since no embedder was named; got texts")
-    if texts and embed is not None:
-        options = embed(texts).float().cpu()
-    else:
-        options = torch.tensor([option for _, option in numbers], dtype=torch.float32)
-    data = ChoiceData(
-        options,
-        np.array(of_option, dtype=np.int64),
-        tuple(by_user),
-        tuple(np.array(own, dtype=np.int64) for own in by_user.values()),
-    )
-    kept = set(data.predictable().users)
-    for user in data.users:
-        if user not in kept:
-            raise DataError(
-                f"{path}, line {first[user]}: expected choices of two groups or more for user {user!r}, got "
-                f"{len(by_user[user])} of which none can be predicted from another"
-            )
-    return data
+    arrays = {user: np.array(own, dtype=np.int64) for user, own in by_user.items()}
+    return numbers, np.array(of_option, dtype=np.int64), arrays
 
 
 def write_choices(path: str | os.PathLike[str], choices: Sequence[Choice]) -> None:

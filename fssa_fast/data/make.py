@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fssa_fast.data.files import Choice, Option, read_choices, write_choices
+from fssa_fast.data.files import Choice, Option, read_choices, unsplittable, write_choices
 from fssa_fast.data.lines import DataError, json_lines, text_lines
 from fssa_fast.records import environment, file_hash, write_json
 
@@ -113,7 +113,10 @@ def make_choices(
         items: what items are, by name, where the table has names only. None: an item is its text.
         margin: values must differ by more than it.
         max_pairs: at most so many choices of a user, drawn from the seed.
-        min_choices: users with fewer choices are left out, and counted in choices.json.
+        min_choices: users with fewer choices are left out.
+
+    Users left out are in choices.json, by the reason: who rated one thing or all alike, who has too few choices, and of
+    whose choices none can be predicted from another, since they share an option or a group.
 
     Raises: DataError naming file and line: a missing value, an unknown item, two values of one item by one user, pairs
         that are ties; and where nothing is left.
@@ -121,8 +124,9 @@ def make_choices(
     names = columns or Columns()
     if kind == "pairs":
         found = list(_pairs(source, names, items))
+        seen = {choice.user: None for choice in found}
     else:
-        found = _compared(source, kind, names, items, margin)
+        found, seen = _compared(source, kind, names, items, margin)
     by_user: dict[str, list[Choice]] = {}
     for choice in found:
         by_user.setdefault(choice.user, []).append(choice)
@@ -135,8 +139,16 @@ def make_choices(
         if max_pairs is not None and len(own) > max_pairs:
             own = [own[i] for i in sorted(rng.permutation(len(own))[:max_pairs])]
         kept += own
+    alone = set(unsplittable(kept)) if kept else set()
+    kept = [choice for choice in kept if choice.user not in alone]
+    left_out = {
+        "no two things rated differently": sorted(set(seen) - set(by_user)),
+        f"fewer than {min_choices} choices": few,
+        "no choice that can be predicted from another": sorted(alone),
+    }
     if not kept:
-        raise DataError(f"{source}: expected users with {min_choices} choices or more, got none")
+        reasons = ", ".join(f"{len(users)} with {reason}" for reason, users in left_out.items() if users)
+        raise DataError(f"{source}: expected users whose choices can be learnt from, got none; {reasons or 'no rows'}")
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "choices.jsonl"
@@ -146,8 +158,8 @@ def make_choices(
         "version": 1,
         "source": {"name": Path(source).name, "sha256": file_hash(source), "kind": kind},
         "choices": {"name": path.name, "sha256": file_hash(path), "count": len(kept)},
-        "users": len(by_user) - len(few),
-        "users left out for too few choices": few,
+        "users": len({choice.user for choice in kept}),
+        "users left out": left_out,
         "margin": margin,
         "max_pairs": max_pairs,
         "min_choices": min_choices,
@@ -169,7 +181,8 @@ def _pairs(source: Any, names: Columns, items: Mapping[str, Option] | None) -> I
 
 def _compared(
     source: Any, kind: Kind, names: Columns, items: Mapping[str, Option] | None, margin: float
-) -> list[Choice]:
+) -> tuple[list[Choice], dict[str, None]]:
+    """The choices, and all users there are."""
     values: dict[tuple[str, str, str | None], dict[Option, tuple[float, int]]] = {}
     for line, row in read_rows(source):
         where = f"{source}, line {line}"
@@ -186,7 +199,7 @@ def _compared(
             if abs(x - y) > margin:
                 chosen, rejected = (a, b) if x > y else (b, a)
                 found.append(Choice(user, chosen, rejected, prompt, group, line))
-    return found
+    return found, {user: None for user, _, _ in values}
 
 
 def _labels(where: str, row: Mapping[str, Any], names: Columns) -> tuple[str, str | None]:
