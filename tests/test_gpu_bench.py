@@ -24,7 +24,8 @@ case "$*" in
   *xdist*) exit 1 ;;
   *bench.gpu_report*) exec "$REAL" "$@" ;;
   *bench.gpu*) echo "$RESULTS" >"${@: -1}" ;;
-  *pytest*) echo "1 failed"; exit 1 ;;
+  *test_trial*) exit 1 ;;
+  "-m pytest"*) grep -q "a toy block" "$FOLDER"/*.md && echo "1 failed" && exit 1 ;;
 esac
 """
 
@@ -51,31 +52,40 @@ FOUND: dict[str, Any] = {
 }
 
 
-def round_on_a_gpu(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def round_on_a_gpu(folder: Path, nvcc: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
     tools = folder / "tools"
     tools.mkdir()
-    for name, text in (("nvcc", "#!/bin/sh\necho Build straw\n"), ("straw", STRAW)):
+    for name, text in (("nvcc", "#!/bin/sh\necho Build straw\n"), ("straw", STRAW))[not nvcc :]:
         (tools / name).write_text(text)
         (tools / name).chmod(0o755)
-    path = f"{tools}:/usr/local/bin:/usr/bin:/bin"
+    path = f"{tools}:/usr/bin:/bin"
     return subprocess.run(
         ["bash", ROOT / "bench" / "gpu_round.sh", folder / "results"], capture_output=True, text=True, timeout=120,
-        env={**os.environ, "PATH": path, "REAL": sys.executable, **environment},
+        env={**os.environ, "PATH": path, "REAL": sys.executable, "FOLDER": str(folder / "results"),
+             **environment},
     )  # fmt: skip
 
 
-def test_a_round_writes_what_it_found(tmp_path: Path) -> None:
-    done = round_on_a_gpu(tmp_path, PYTHON=str(tmp_path / "tools" / "straw"), RESULTS=json.dumps(FOUND), COMMIT="abc")
-    assert done.returncode == 1, done.stderr  # a step failed
+@pytest.mark.parametrize("nvcc", [True, False], ids=["nvcc", "no nvcc"])
+def test_a_round_writes_what_it_found_as_it_goes(nvcc: bool, tmp_path: Path) -> None:
+    """A part that fails is in the results when the next one begins, and stops none of them."""
+    straw = str(tmp_path / "tools" / "straw")
+    done = round_on_a_gpu(tmp_path, nvcc, PYTHON=straw, RESULTS=json.dumps(FOUND), COMMIT="abc")
+    assert done.returncode == 1, done.stderr  # a part failed
     page, results, log = sorted((tmp_path / "results").iterdir(), key=lambda path: ".md .json .log".find(path.suffix))
     assert all(path.name.startswith("gpu-Straw-1-") for path in (page, results, log))
     found = json.loads(results.read_text())
     assert found["results"] == FOUND["results"] and found["about"]["commit"] == "abc"
-    assert found["about"]["nvcc"] == "Build straw"
+    assert found["about"]["nvcc"] == ("Build straw" if nvcc else "not installed")
     outcomes = {step["step"]: step["outcome"] for step in found["steps"]}
-    assert outcomes["build"] == "passed" and outcomes["benchmarks"] == "passed" and outcomes["tests"] == "failed (1)"
-    assert "1 failed" in log.read_text()
-    assert "| tests | failed (1) |" in page.read_text() and "| film | decode, 1 row | cuda | 3.40" in page.read_text()
+    names = list(outcomes)
+    assert names.index("tests: a toy block") < names.index("tests: kernels") < names.index("fused step, 1 rows")
+    assert outcomes["tests: kernels"] == "failed (1)"  # not 2: the page already told of the toy block
+    assert outcomes["build"] == outcomes["benchmarks"] == outcomes["peft, 8 adapters"] == "passed"
+    assert outcomes["CUDA build"] == ("passed" if nvcc else "nvcc is not installed")
+    assert "1 failed" in log.read_text() and ("tests: CUDA kernels" in outcomes) == nvcc
+    text = page.read_text()
+    assert "| tests: kernels | failed (1) |" in text and "| film | decode, 1 row | cuda | 3.40" in text
 
 
 def test_figures_and_their_bars() -> None:

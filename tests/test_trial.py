@@ -1,4 +1,4 @@
-"""The block that is tried before the fused form is trusted to steps: in Triton's interpreter, with faults planted."""
+"""The block that is tried before a GPU's steps are trusted: in Triton's interpreter, with faults planted."""
 
 from __future__ import annotations
 
