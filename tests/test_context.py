@@ -271,6 +271,16 @@ def test_rows_refuse_to_be_differentiated():
         write_rows(bank, slots, args, modulation.requires_grad_(), bias, noise)
 
 
+@pytest.mark.parametrize("backend", cpu_backends())
+def test_a_nan_among_scores_overflows_no_exponent(backend):
+    """The largest score is lost at a NaN, and those before it then exceed it: UndefinedBehaviorSanitizer watches."""
+    pairs, *rest = context_args((100,), 8, 16, 2, "linear", "self-attention", torch.float32)
+    pairs = pairs * torch.linspace(1000, 1, 100)[:, None, None]
+    pairs[50] = torch.nan
+    with running(backend):
+        assert encode((pairs, *rest)).isnan().all()
+
+
 @pytest.mark.parametrize("backend", one_of_each())
 def test_bad_values_are_named_and_change_nothing(backend):
     args = args_of(FEW[0], "linear", "self-attention", torch.float32)

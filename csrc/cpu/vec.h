@@ -243,7 +243,7 @@ FSSA_INLINE void store_sums(float *p, Vec a, Vec b, Vec c, Vec d, bool add) {
 #endif
 
 constexpr int64_t WIDTH = sizeof(Vec) / sizeof(float);
-typedef int32_t Ints __attribute__((vector_size(sizeof(Vec))));
+typedef uint32_t Bits __attribute__((vector_size(sizeof(Vec))));
 
 FSSA_INLINE int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
 FSSA_INLINE int64_t greater(int64_t a, int64_t b) { return a < b ? b : a; }
@@ -277,7 +277,8 @@ FSSA_INLINE Vec exp_nonpositive(Vec x) {
   p = fma(p, r, splat(0.5f));
   p = fma(p, r, splat(1.0f));
   p = fma(p, r, splat(1.0f));
-  const Ints power = ((Ints)shifted << 23) + 0x3f800000;
+  // Unsigned, since a NaN among the scores lets x > 0 come here, and the exponent's sum then wraps.
+  const Bits power = ((Bits)shifted << 23) + 0x3f800000u;
   return p * (Vec)power;
 }
 
