@@ -65,7 +65,7 @@ struct Head {
   const float *q, *k, *v;
   int64_t stride, count, width, padded;
   float scale;
-  float *keys;    // the keys transposed: [width, padded]
+  float *keys;    // the keys transposed, [width, padded]: a query's scores are then sums of rows, vectors of many keys
   float *scores;  // [QUERY_ROWS, padded]
 
   Head(Scratch &scratch, const float *qkv, int64_t latent, int64_t heads, int64_t head, int64_t count_)
@@ -89,6 +89,7 @@ struct Head {
     for (int64_t i = 0; i < rows; i++) {
       float *row = scores + i * padded;
       for (int64_t j = count; j < end(); j++) row[j] = -INFINITY;
+      // The highest score is subtracted first: e^x cannot overflow then, and the sum is at least 1.
       Vec top = splat(-INFINITY);
       for (int64_t j = 0; j < end(); j += WIDTH) top = max(top, load(row + j));
       const Vec highest = splat(largest(top));
@@ -225,6 +226,7 @@ struct Encoder {
     for_heads(chunk, [&](int64_t user, int64_t head, int64_t first, int64_t count) {
       Scratch scratch;
       Head of(scratch, a.qkv + first * 3 * latent, latent, in.heads, head, count);
+      // Of K x K weights only QUERY_ROWS rows are ever held: they join the column sums and are forgotten.
       float *columns = scratch.floats(of.padded);
       memset(columns, 0, of.padded * sizeof(float));
       for (int64_t query = 0; query < count; query += QUERY_ROWS) {
@@ -305,7 +307,8 @@ void context_rows_of(const fssa_context_rows_args &a) {
       }
     }
     store_all(latents, chunk.users * latent, static_cast<T *>(a.latents) + chunk.first_user * latent);
-    // The modulator's rows are many and read once: cut along them only.
+    // The modulator's rows are many and read once: cut along them only. A task's rows of all users are made in float32
+    // and rounded once, into the bank's dtype.
     const int64_t columns = 1024;
     parallel(a.input.threads, (a.bank_width + columns - 1) / columns, [&](int64_t task) {
       const int64_t n = task * columns, count = lesser(columns, a.bank_width - n);
@@ -376,6 +379,8 @@ struct Backward {
       Head of(scratch, act.qkv + first * 3 * latent, latent, in.heads, head, count);
       const float *dsum = dattended + user * latent + head * of.width;
       float *dq = dqkv + first * 3 * latent + head * of.width, *dk = dq + latent, *dv = dk + latent;
+      // attended = sum_j columns_j v_j, so by p_ij the gradient is dcolumns_j = dsum . v_j, whatever the query i; through
+      // its softmax it becomes p_ij (dcolumns_j - sum_k p_ik dcolumns_k). The weights are computed again, not kept.
       float *columns = scratch.floats(of.padded), *dcolumns = scratch.floats(of.padded);
       memset(columns, 0, of.padded * sizeof(float));
       memset(dcolumns, 0, of.padded * sizeof(float));

@@ -40,7 +40,7 @@ void film_rows(const fssa_film_args &a, int64_t begin, int64_t end) {
 template <class T>
 FSSA_INLINE float hidden_row(
     const T *x, const T *residual, const T *scale, const T *shift, int64_t width, float eps, float *hidden) {
-  Vec squares[2] = {};
+  Vec squares[2] = {};  // two sums, so that an addition need not wait for the one before it
   int64_t d = 0;
   const auto step = [&](int64_t at, int64_t count, int which) {
     const Vec joined = load_up_to(x + at, count) + load_up_to(residual + at, count);
@@ -96,6 +96,7 @@ void over_slots(int threads, const Grouped &groups, int64_t slots, int64_t rows,
   });
 }
 
+// One task has all rows of a slot, so that their sum has one order and no other task writes it.
 // Writes a slot's columns of dscale and dshift, and its rows' columns of dx. gradient(row, column, count) gives the
 // gradient by the modulated value, input(row, column, count) the value before modulation.
 template <class T, class Gradient, class Input>
@@ -183,6 +184,7 @@ void film_norm_backward_of(const fssa_film_norm_backward_args &a) {
             },
             joined);
       });
+  // weight's gradient sums over all rows, of all slots: tasks are columns, and hidden is computed again, not kept.
   constexpr int64_t COLUMNS = 128;
   parallel(a.threads, (a.width + COLUMNS - 1) / COLUMNS, [&](int64_t task) {
     for (int64_t d = task * COLUMNS; d < lesser(a.width, task * COLUMNS + COLUMNS); d += WIDTH) {

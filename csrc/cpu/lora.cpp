@@ -82,6 +82,8 @@ void lora_of(const fssa_lora_args &a) {
     }
     return;
   }
+  // Many rows: each thread takes some through both products, and their hidden values stay in its cache. Either way an
+  // element is summed in the same order, so that its bits do not depend on how many rows there are.
   const int64_t share = even_share(a.rows, a.threads, BLOCK);
   parallel(a.threads, (a.rows + share - 1) / share, [&](int64_t task) {
     const int64_t begin = task * share, count = lesser(share, a.rows - begin);
@@ -137,6 +139,7 @@ void lora_backward_of(const fssa_lora_backward_args &a) {
         const Vec scale = modulation.scale(slot, r, count);
         gammas.add(g * h);
         betas.add(g);
+        // Both are overwritten where they lie by what the products below take.
         store_up_to(by_hidden + at, g * scale, count);  // from here on: by x a^T
         store_up_to(raw + at, fma(h, scale, modulation.shift(slot, r, count)) * scaling, count);  // scaling * hidden
       }
@@ -145,6 +148,7 @@ void lora_backward_of(const fssa_lora_backward_args &a) {
     }
   }
   axpys_parallel(a.threads, Grid{by_hidden, rank, 1}, a.rows, rank, down, a.width, Store<T>{a.dx});
+  // A grid with its strides swapped is the transposed matrix: da = by_hidden^T x, and so for the parts below.
   axpys_parallel(a.threads, Grid{by_hidden, 1, rank}, rank, a.rows, x, a.width, Store<T>{a.da});
   first = 0;
   for (int64_t i = 0; i < a.part_count; first += a.parts[i].rank, i++) {

@@ -68,7 +68,7 @@ class Pool {
       std::thread([this, seen = number(state_.load())] { work(seen); }).detach();
       started_++;
     }
-    job_ = &job, helpers_ = helpers;
+    job_ = &job, helpers_ = helpers;  // seen by whoever sees the number below, since that is stored after
     state_.store(((number(state_.load()) + 1) << 32) | OPEN);
     if (sleepers_.load() > 0) {
       std::lock_guard<std::mutex> lock(sleep_);
@@ -88,6 +88,7 @@ class Pool {
   void work(uint64_t seen) {
     for (;;) {
       int spins = 0;
+      // A while in a loop first: to be woken takes longer than most jobs.
       while (number(state_.load(std::memory_order_acquire)) == seen && spins < SPINS) pause(), spins++;
       if (spins == SPINS) {
         std::unique_lock<std::mutex> lock(sleep_);
@@ -97,6 +98,7 @@ class Pool {
       }
       uint64_t state = state_.load();
       seen = number(state);
+      // Joins by adding itself to the word that it read: if the job was closed or replaced meanwhile, that fails.
       while (number(state) == seen && (state & OPEN) && (state & WORKERS) < static_cast<uint64_t>(helpers_.load())) {
         if (state_.compare_exchange_weak(state, state + 1)) {
           job_->work();

@@ -20,6 +20,8 @@ struct Grouped {
   const int64_t *rows, *begin;
 };
 
+// A stable counting sort. Counts are kept two places on: after the running sum begin[s + 1] is where s begins, and having
+// been moved past the rows of s it is where s + 1 begins, which is what is given back.
 static inline Grouped group_rows(Scratch &scratch, const fssa_slots &slots, int64_t count) {
   const SlotOf slot_of{slots};
   int64_t *begin = scratch.integers(slots.limit + 2), *rows = scratch.integers(count);
