@@ -645,7 +645,6 @@ def test_nobody_waits_for_anothers_embedding(change: Any, stored: bool, tmp_path
         ([Choice("a", "b")] * 10_001, "^choices: expected at most 10,000 a call, got 10,001"),
         ([Choice("a", "b"), Choice("x" * 65_537, "b")], r"^choices\[1\].chosen: expected at most 65,536 characters"),
         ([Choice("a", "b", "x" * 65_537)], r"^choices\[0\].prompt: expected at most 65,536 characters, got 65,537"),
-        ([Choice("a", "\ud800")], r"^choices\[0\].rejected: expected text without NUL and lone surr.*, got '.ud800'"),
         ([Choice("a", "b\0")], r"^choices\[0\].rejected: expected text without NUL"),
     ],
 )
@@ -677,19 +676,22 @@ def test_a_slot_that_another_thread_takes_is_evicted_for_again() -> None:
     """Between one thread's eviction and its taking another thread takes the slot: there is more to evict."""
     bank = make_policy(capacity=3).bank
     with bank.take(3) as slots:
-        left = list(slots)
-    stolen: list[int] = []
+        left, stolen = list(slots), []
 
-    def evict() -> bool:
-        if not left:
-            return False
-        bank.release(left.pop())
-        if not stolen:
-            stolen.append(bank._free.pop())  # the other thread
-        return True
+    class Meantime:
+        """The bank's lock, before which another thread is faster once."""
 
-    bank.evict = evict
+        def __enter__(self) -> None:
+            if bank._free and not stolen:
+                stolen.append(bank._free.pop())
+            lock.acquire()
+
+        def __exit__(self, *exception: object) -> None:
+            lock.release()
+
+    lock, bank._lock = bank._lock, Meantime()  # type: ignore[assignment]
+    bank.evict = lambda: bool(left) and bank.release(left.pop()) is None
     with bank.take() as (slot,):
-        assert slot not in stolen and len(left) == 1
-    with pytest.raises(BankFull), bank.take(2):
+        assert stolen and slot not in stolen and len(left) == 1
+    with pytest.raises(BankFull), bank.take(3):
         pass
