@@ -12,8 +12,8 @@ class BlockCache:
     """Keys and values of up to S sequences of different lengths, in N blocks of B positions, allocated once.
 
     `table` [S, P] says in which block positions B p .. B p + B - 1 of a sequence lie. Blocks are handed out and taken
-    back by their owner; this class only holds them. Block 0 belongs to nobody: rows of the table that are not in use
-    name it.
+    back by their owner; this class only holds them. Block 0 belongs to nobody: what of the table was never handed out
+    names it.
     """
 
     def __init__(

@@ -13,26 +13,34 @@ is never shared between users, nor between versions of one.
 from __future__ import annotations
 
 import hashlib
+import heapq
 import itertools
 import logging
 import math
+import os
+import secrets
 import threading
 import time
+import weakref
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 
 from fssa_fast.arguments import check_count
-from fssa_fast.generation.blocks import BlockPool, prefix_keys
 from fssa_fast.generation.fused import FusedModel
+from fssa_fast.generation.grammars import Grammar, GrammarTokens
 from fssa_fast.generation.prompts import Message, prompt_ids, told
-from fssa_fast.generation.requests import Handle, Reason, Request, Result, first_stop
-from fssa_fast.generation.sampling import Sampler, Sampling
+from fssa_fast.generation.requests import Handle, Reason, Request, Result
+from fssa_fast.generation.running import Batch, Running
+from fssa_fast.generation.sampler import Sampler
+from fssa_fast.generation.sampling import Sampling, SamplingOptions
 from fssa_fast.generation.steered import Steered
+from fssa_fast.generation.text import StopFinder, TextStream, decoded, first_stop
+from fssa_fast.generation.waiting import QueueFull, Waiting
 from fssa_fast.users.bank import BankFull
 
 logger = logging.getLogger("fssa_fast")
@@ -40,13 +48,11 @@ logger = logging.getLogger("fssa_fast")
 Prompt = str | Sequence[Message] | Sequence[int]
 User = str | Mapping[str, float]
 
-
-class QueueFull(RuntimeError):
-    """As many requests wait as the engine lets wait."""
+MAX_STOPS, MAX_STOP_LENGTH = 16, 256
 
 
 class EngineClosed(RuntimeError):
-    """The engine has been closed."""
+    """The engine has been closed, or belongs to the process that this one was forked from."""
 
 
 class Engine:
@@ -58,12 +64,15 @@ class Engine:
         max_tokens: tokens in the cache, of all requests together, rounded up to its blocks: of 32, or 256 with
             flash-attn.
         max_length: tokens of one request, prompt and answer; None: as many as the cache or the model has room for.
-        max_waiting: how many requests may wait beside those that run.
+        max_waiting: how many requests may wait beside those that run. max_waiting_per_user: and how many of one user.
         step_tokens: at most so many tokens a step: prompts beyond it are computed in pieces while others decode.
         background: True runs the steps in a thread of the engine's own, started by the first request. False runs
             them in the thread that calls `step`, `run`, or waits for a result.
 
-    Submitting, cancelling and waiting are safe from any thread. `close`, or leaving a `with` block, ends the thread.
+    Submitting, cancelling and waiting are safe from any thread. Users whose requests wait take turns, in joining and
+    in having their prompts computed. A request that fails gets the error, and the others go on; an error that leaves
+    the device unusable ends all, and closes the engine. `close`, leaving a `with` block, or the interpreter's exit
+    end the thread. In a process that is forked from the engine's every method raises EngineClosed.
     Raises: TypeError, ValueError for a number that is none or out of range.
     """
 
@@ -76,38 +85,48 @@ class Engine:
         max_tokens: int = 16384,
         max_length: int | None = None,
         max_waiting: int = 1024,
+        max_waiting_per_user: int = 128,
         step_tokens: int = 256,
         background: bool = True,
     ) -> None:
-        numbers = {"max_rows": max_rows, "max_tokens": max_tokens, "max_waiting": max_waiting}
-        for name, value in {**numbers, "step_tokens": step_tokens}.items():
-            check_count(name, value)
+        check_count("max_rows", max_rows)
+        check_count("max_tokens", max_tokens)
+        check_count("max_waiting", max_waiting)
+        check_count("max_waiting_per_user", max_waiting_per_user)
+        check_count("step_tokens", step_tokens)
         if step_tokens < max_rows:
             raise ValueError(f"step_tokens: expected at least max_rows, {max_rows}, got {step_tokens}")
-        self._block = fused.ops.cache_block
-        blocks = -(-max_tokens // self._block)
-        room = min(fused.max_positions, blocks * self._block)
+        blocks = -(-max_tokens // fused.ops.cache_block)
+        room = min(fused.max_positions, blocks * fused.ops.cache_block)
         self.max_length = room if max_length is None else max_length
         if not 0 < self.max_length <= room:
             raise ValueError(
                 f"max_length: expected 1 to {room}, as the model's positions and max_tokens allow, got {max_length}"
             )
-        self.max_rows, self.max_waiting, self.step_tokens = max_rows, max_waiting, step_tokens
-        self.background = background
-        self.preempted = 0  # how often a request was put back for want of memory
+        self.max_rows, self.step_tokens, self.background = max_rows, step_tokens, background
         self._policy, self._fused = policy, fused
         self._cache = fused.new_cache(max_rows, self.max_length, blocks)
-        self._pool = BlockPool(self._cache.blocks)
+        self._sampler = Sampler(max_rows, fused.vocabulary, self.max_length, fused.device)
+        self._running = Running(self._cache, max_rows, step_tokens, fused.device, self._put_back, self._fail)
         self._ends = _end_tokens(policy)
-        self._waiting: deque[Request] = deque()
-        self._running: list[Request] = []
-        self._rows = list(range(max_rows - 1, -1, -1))
+        self._grammars = GrammarTokens(policy.tokenizer, fused.vocabulary, sorted(self._ends))
         self._orders = itertools.count()
-        self._state = threading.Condition()  # guards waiting, open, closed and the thread
-        self._open = 0  # requests that have not ended
+        self._state = threading.Condition()  # guards waiting, open, deadlines, closed, broken and the thread
+        self._waiting = Waiting(max_waiting, max_waiting_per_user)
+        self._open: dict[Handle, Request] = {}  # requests that have not ended
+        self._deadlines: list[tuple[float, int, Request]] = []  # a heap
+        self._cancelled: deque[Handle] = deque()
         self._stepping = threading.Lock()
         self._thread: threading.Thread | None = None
         self._closed = False
+        self._broken: BaseException | None = None
+        self._process = os.getpid()
+        _engines.add(self)
+
+    @property
+    def preempted(self) -> int:
+        """How often a request was put back for want of memory."""
+        return self._running.preempted
 
     @property
     def running(self) -> int:
@@ -127,14 +146,12 @@ class Engine:
         user: User,
         *,
         max_new_tokens: int | None = 128,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        seed: int | None = None,
         stop: Sequence[str] = (),
+        grammar: Grammar | None = None,
         strength: float = 1.0,
         timeout: float | None = None,
         namespace: str = "",
+        **sampling: Unpack[SamplingOptions],
     ) -> Handle:
         """Adds a request; it begins when there is room.
 
@@ -143,25 +160,51 @@ class Engine:
             user: a name, BASE, PRIOR, or a blend: names with weights. The row is kept as it is now until the request
                 ends, whatever happens to the users meanwhile.
             max_new_tokens: None takes as many as fit.
-            temperature: 0 takes the likeliest token. top_p, top_k: 1 and 0 keep all tokens. seed: None draws one.
-            stop: texts, the first of which to appear in the answer ends it.
+            stop: at most 16 texts of at most 256 characters, the first of which to appear in the answer ends it.
+            grammar: the form that the answer has: a JSON schema, a regular expression.
             strength: how strongly the user steers; 0 is the base model.
             timeout: seconds from now, after which the request ends with what there is.
             namespace: what others have computed is found again within the same one only.
+            sampling: temperature, top_p, seed, logprobs, ...: the fields of `Sampling`, which says what they mean.
 
-        Raises: UnknownUser; QueueFull; EngineClosed; BankFull where a blend or a strength finds no free row;
-            TypeError, ValueError for an empty prompt, one that does not fit with its answer, a number out of range.
+        Raises: UnknownUser; QueueFull, which says whether the engine's or the user's requests are too many;
+            EngineClosed; BankFull where a blend or a strength finds no free row; TypeError, ValueError for an empty
+            prompt, one that does not fit with its answer, a number out of range.
         """
+        return self.submit_many(
+            prompt, user, 1, max_new_tokens=max_new_tokens, stop=stop, grammar=grammar, strength=strength,
+            timeout=timeout, namespace=namespace, **sampling,
+        )[0]  # fmt: skip
+
+    def submit_many(
+        self,
+        prompt: Prompt,
+        user: User,
+        n: int,
+        *,
+        max_new_tokens: int | None = 128,
+        stop: Sequence[str] = (),
+        grammar: Grammar | None = None,
+        strength: float = 1.0,
+        timeout: float | None = None,
+        namespace: str = "",
+        **sampling: Unpack[SamplingOptions],
+    ) -> list[Handle]:
+        """Adds n requests for answers to one prompt, all or none: arguments and errors are those of `submit`.
+
+        Answer i has the seed `seed` + i. Whole blocks of the prompt (of 32 tokens) are computed once, by the first,
+        and shared; what is left of the prompt, each computes for itself.
+        """
+        self.check_process()
         self._fused.check()
-        if isinstance(stop, str) or not all(isinstance(text, str) and text for text in stop):
-            raise ValueError(f"stop: expected a list of texts, none of them empty, got {stop!r}")
-        if stop and self._policy.tokenizer is None:
-            raise ValueError("stop: expected none, since this policy has no tokenizer")
+        check_count("n", n)
         if max_new_tokens is not None:
             check_count("max_new_tokens", max_new_tokens)
+        stop = self._stops(stop)
         if timeout is not None and (not isinstance(timeout, Real) or math.isnan(timeout)):
             raise ValueError(f"timeout: expected a number of seconds, got {timeout!r}")
-        sampler = Sampler(Sampling(temperature, top_p, top_k, seed))
+        chosen = Sampling(**sampling)
+        chosen.check_tokens(self._fused.vocabulary)
         tokens = self._tokens(prompt)
         if max_new_tokens is None:
             max_new_tokens = max(1, self.max_length - len(tokens))
@@ -170,35 +213,49 @@ class Engine:
                 f"prompt: expected at most {self.max_length} tokens with the answer, "
                 f"got {len(tokens)} and max_new_tokens={max_new_tokens}"
             )
-        handle = Handle(self, self._policy.tokenizer, tuple(stop))
+        tokenizer = self._policy.tokenizer
+        requests = []
         with ExitStack() as held:
-            slot, root = self._hold(held, user, strength, namespace)
-            request = Request(
-                handle=handle,
-                tokens=tokens,
-                prompt_length=len(tokens),
-                limit=len(tokens) + max_new_tokens,
-                slot=slot,
-                root=root,
-                sampler=sampler,
-                stop=tuple(stop),
-                deadline=math.inf if timeout is None else time.monotonic() + timeout,
-                held=ExitStack(),
-                order=next(self._orders),
-            )
-            with self._state:
-                if self._closed:
-                    raise EngineClosed("engine: expected one that is open, got one that has been closed")
-                if len(self._waiting) >= self.max_waiting:
-                    raise QueueFull(f"engine: expected at most {self.max_waiting} waiting requests; try again later")
-                if self.background and self._thread is None:
-                    self._thread = threading.Thread(target=self._loop, daemon=True, name="fssa-engine")
-                    self._thread.start()
-                request.held = held.pop_all()
-                self._waiting.append(request)
-                self._open += 1
-                self._state.notify_all()
-        return handle
+            for index in range(n):
+                own = held.enter_context(ExitStack())
+                slot, root = self._hold(own, user, strength, namespace)
+                requests.append(
+                    Request(
+                        handle=Handle(self, tokenizer, tuple(stop), chosen.logprobs is not None),
+                        user=(user,) if isinstance(user, str) else tuple(sorted(user)),
+                        tokens=list(tokens),
+                        prompt_length=len(tokens),
+                        limit=len(tokens) + max_new_tokens,
+                        slot=slot,
+                        root=root,
+                        sampling=chosen,
+                        seed=secrets.randbits(63) if chosen.seed is None else (chosen.seed + index) % (1 << 63),
+                        matcher=None if grammar is None else self._grammars.matcher(grammar, chosen.allowed_tokens),
+                        stop=tuple(stop),
+                        text=(TextStream(tokenizer), StopFinder(stop)) if stop else None,
+                        deadline=math.inf if timeout is None else time.monotonic() + timeout,
+                        held=own,
+                        order=next(self._orders),
+                    )
+                )
+            self._enqueue(requests)
+            held.pop_all()  # from here on each request lets its own row go
+        return [request.handle for request in requests]
+
+    def _enqueue(self, requests: Sequence[Request]) -> None:
+        with self._state:
+            self._check_open()
+            self._waiting.check(requests[0].user, len(requests))
+            if self.background and self._thread is None:
+                thread = threading.Thread(target=self._loop, daemon=True, name="fssa-engine")
+                thread.start()
+                self._thread = thread
+            for request in requests:
+                self._waiting.add(request)
+                self._open[request.handle] = request
+                if request.deadline < math.inf:
+                    heapq.heappush(self._deadlines, (request.deadline, request.order, request))
+            self._state.notify_all()
 
     def run(self, requests: Sequence[Mapping[str, Any]]) -> list[Result]:
         """Serves all of these, each the arguments of `submit`, and returns their results in order.
@@ -206,6 +263,7 @@ class Engine:
         More of them than may wait are submitted as others end. Raises what `submit` raises, or what a request failed
         of; the others are cancelled then.
         """
+        self.check_process()
         handles: list[Handle] = []
         try:
             for request in requests:
@@ -233,8 +291,14 @@ class Engine:
         self.step()
         return True
 
+    def cancel(self, handle: Handle) -> None:
+        """Ends a request at the next step; no effect on one that has ended."""
+        self.check_process()
+        self._cancelled.append(handle)
+
     def close(self) -> None:
         """Cancels what waits and runs, ends the thread, and lets the cache go."""
+        self.check_process()
         with self._state:
             self._closed = True
             self._state.notify_all()
@@ -242,9 +306,7 @@ class Engine:
         if thread is not None and thread is not threading.current_thread():
             thread.join()
         with self._stepping:
-            for request in [*self._running, *self._waiting]:
-                self._finish(request, "cancelled")
-            self._waiting.clear()
+            self._end_all(lambda request: self._finish(request, "cancelled"))
             self._fused.forget(self._cache)
 
     def __enter__(self) -> Engine:
@@ -253,23 +315,50 @@ class Engine:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
+    def check_process(self) -> None:
+        """Raises EngineClosed in a process that has been forked from the engine's: its thread is not there."""
+        if os.getpid() != self._process:
+            raise EngineClosed(
+                f"engine: expected to be used in process {self._process}, which made it, got {os.getpid()}, forked "
+                "from it; make an engine after the fork"
+            )
+
+    def _check_open(self) -> None:
+        if self._broken is not None:
+            raise EngineClosed(f"engine: expected an open one, got one closed by {self._broken!r}") from self._broken
+        if self._closed:
+            raise EngineClosed("engine: expected one that is open, got one that has been closed")
+
     # ------------------------------------------------------------ steps
 
     def step(self) -> bool:
-        """One step of all running requests, after waiting ones have joined. False if there was nothing to do."""
+        """One step of all running requests, after waiting ones have joined. False if there was nothing to do.
+
+        Raises: torch.AcceleratorError, after which the engine is closed.
+        """
+        self.check_process()
         with self._stepping:
             self._drop()
-            self._admit()
-            if not self._running:
-                return False
-            batch = self._plan()
+            batch = None
             try:
-                self._forward(batch)
+                self._admit()
+                if not len(self._running):
+                    return False
+                batch = self._running.plan()
+                self._serve(batch)
+            except torch.AcceleratorError as error:  # nothing on this device can be trusted any more
+                self._break(error)
+                raise
             except Exception as error:  # the requests of this step fail; the others go on
-                for request, _ in batch:
-                    if request in self._running:
-                        self._fail(request, error)
+                for request in self._served(batch):
+                    self._fail(request, error)
             return True
+
+    def _served(self, batch: Batch | None) -> list[Request]:
+        if batch is None:
+            return list(self._running)
+        rows = [*batch.decoding.tolist(), *(request.row for request, _ in batch.pieces if request.row >= 0)]
+        return [request for row in rows if (request := self._running.requests[row]) is not None]
 
     def drive(self, until: threading.Event, timeout: float | None) -> None:
         """Takes steps until the event is set, the time is over, or there is nothing to do."""
@@ -287,155 +376,124 @@ class Engine:
                         return
                 self.step()
         except BaseException as error:  # nobody waits for what will never come
-            with self._state:
-                self._closed = True
-                requests = [*self._running, *self._waiting]
-                self._waiting.clear()
-            for request in requests:
-                self._fail(request, error)
-            logger.exception("the engine's thread has ended")
+            self._break(error)
 
     def _drop(self) -> None:
         """Ends what was cancelled or has run out of time."""
-        now = time.monotonic()
-
-        def gone(request: Request) -> bool:
-            return request.handle._cancelled or request.deadline <= now
-
+        while self._cancelled:
+            request = self._open.get(self._cancelled.popleft())
+            if request is not None:
+                self._finish(request, "cancelled")
+        if not self._deadlines:
+            return
+        late, now = [], time.monotonic()
         with self._state:
-            ended = [request for request in [*self._waiting, *self._running] if gone(request)]
-            if ended:
-                self._waiting = deque(request for request in self._waiting if request not in ended)
-        for request in ended:
-            self._finish(request, "cancelled" if request.handle._cancelled else "deadline")
+            while self._deadlines and self._deadlines[0][0] <= now:
+                late.append(heapq.heappop(self._deadlines)[2])
+            if len(self._deadlines) > 2 * len(self._open) + 64:  # most of them have ended long before
+                self._deadlines = [entry for entry in self._deadlines if not entry[2].ended]
+                heapq.heapify(self._deadlines)
+        for request in late:
+            if not request.ended:
+                self._finish(request, "deadline")
 
     def _admit(self) -> None:
-        """Lets waiting requests join, the first to come first, as long as there are rows and blocks for them."""
-        while self._rows and self._waiting:
-            request = self._waiting[0]
-            request.keys = prefix_keys(request.root, request.tokens, self._block, request.keys)
-            # One token at least is computed, for its logits.
-            found = self._pool.find(request.keys[: (len(request.tokens) - 1) // self._block])
-            if -(-(len(request.tokens) + 1) // self._block) - len(found) > self._pool.available:
-                self._pool.give_back(found)
-                return
+        """Lets waiting requests join, users in turn, as long as there are rows and blocks for them."""
+        joined = True
+        while joined and not self._running.full and self._waiting:
+            joined = False
             with self._state:
-                self._waiting.popleft()
-            request.row, request.blocks, request.computed = self._rows.pop(), found, len(found) * self._block
-            if request.cached is None:
-                request.cached = min(request.computed, request.prompt_length)
-            self._running.append(request)
-
-    def _plan(self) -> list[tuple[Request, int]]:
-        """Whom this step serves, and with how many tokens; with the blocks that they need."""
-        batch: list[tuple[Request, int]] = []
-        left = self.step_tokens
-        # Those that decode first: they have one token each, and there is room for all of them.
-        for request in sorted(self._running, key=lambda r: (len(r.tokens) - r.computed > 1, r.order)):
-            count = min(left, len(request.tokens) - request.computed)
-            if count == 0 or request not in self._running:
-                continue
-            if self._extend(request, -(-(request.computed + count) // self._block)):
-                batch.append((request, count))
-                left -= count
-        return [(request, count) for request, count in batch if request in self._running]
-
-    def _extend(self, request: Request, blocks: int) -> bool:
-        """Gives a request as many blocks, putting back the youngest of all until there are; False: itself."""
-        while blocks - len(request.blocks) > self._pool.available:
-            youngest = max(self._running, key=lambda r: r.order)
-            self._leave(youngest)
-            self.preempted += 1
-            with self._state:
-                self._waiting.appendleft(youngest)
-            if youngest is request:
-                return False
-        missing = blocks - len(request.blocks)
-        if missing > 0:
-            request.blocks += [self._pool.take() for _ in range(missing)]
-            self._cache.assign(request.row, request.blocks)
-        return True
-
-    def _forward(self, batch: list[tuple[Request, int]]) -> None:
-        """Computes the batch's tokens, and the next one of every request that has no more to compute."""
-        if not batch:
-            return
-        ids: list[int] = []
-        positions: list[int] = []
-        slots, rows, last, asked = [], [], [], []
-        for request, count in batch:
-            start, end = request.computed, request.computed + count
-            ids += request.tokens[start:end]
-            positions += range(start, end)
-            slots += [request.slot] * count
-            rows += [request.row] * count
-            if end == len(request.tokens):
-                last.append(len(ids) - 1)
-                asked.append(request)
-        device = self._fused.device
-
-        def tensor(values: list[int], dtype: torch.dtype = torch.int32) -> torch.Tensor:
-            return torch.tensor(values, dtype=dtype, device=device)
-
-        logits = self._fused.forward(
-            tensor(ids, torch.long), tensor(slots), tensor(rows), tensor(positions), self._cache,
-            None if len(last) == len(ids) else tensor(last, torch.long),
-        )  # fmt: skip
-        for request, count in batch:
-            self._computed(request, count)
-        if asked:
-            highest, likeliest = (values.tolist() for values in logits.max(-1))
-            for index, request in enumerate(asked):
+                first = self._waiting.first()
+            for request in first:
+                if self._running.full:
+                    return
                 try:
-                    if not math.isfinite(highest[index]):
-                        raise FloatingPointError("model: expected finite logits, got NaN or infinity")
-                    greedy = request.sampler.sampling.temperature == 0
-                    self._advance(request, likeliest[index] if greedy else request.sampler.draw(logits[index].cpu()))
+                    met = self._running.admit(request)
+                    if met == "no room":
+                        return
+                    if met == "joined":
+                        joined = True
+                        with self._state:
+                            self._waiting.take(request)
+                        self._sampler.assign(
+                            request.row, request.sampling, request.seed, request.tokens, request.prompt_length,
+                            request.matcher is not None,
+                        )  # fmt: skip
+                except torch.AcceleratorError:
+                    raise
                 except Exception as error:
                     self._fail(request, error)
 
-    def _computed(self, request: Request, count: int) -> None:
-        """Makes the blocks known that these tokens have filled."""
-        first = request.computed // self._block
-        request.computed += count
-        if request.computed // self._block > first:
-            request.keys = prefix_keys(request.root, request.tokens, self._block, request.keys)
-        for index in range(first, request.computed // self._block):
-            self._pool.learn(request.blocks[index], request.keys[index])
+    def _put_back(self, request: Request) -> None:
+        with self._state:
+            self._waiting.put_back(request)
+
+    def _serve(self, batch: Batch) -> None:
+        """Computes the batch's tokens, and the next one of every request that has no more to compute."""
+        if not len(batch.tokens[0]):
+            return
+        logits = self._fused.forward(*batch.tokens, self._cache, batch.indices)
+        self._running.computed(batch)
+        if not len(batch.asked):
+            return
+        requests, rows = self._running.requests, batch.asked
+        for row in self._sampler.followed(rows):
+            request = requests[row]
+            assert request is not None and request.matcher is not None
+            try:
+                self._sampler.mask(row, request.matcher.mask())
+            except Exception as error:
+                self._fail(request, error)
+        tokens = self._sampler.sample(logits, rows, batch.positions)
+        self._running.next_ids[rows] = tokens
+        asked = rows.tolist()
+        for index, logprobs in self._sampler.logprobs(logits, rows, tokens):
+            request = requests[asked[index]]
+            if request is not None and request.handle.logprobs is not None:
+                request.handle.logprobs.append(logprobs)
+        for row, token in zip(asked, tokens, strict=True):
+            request = requests[row]
+            if request is None:
+                continue
+            try:
+                self._advance(request, token)
+            except Exception as error:
+                self._fail(request, error)
 
     def _advance(self, request: Request, token: int) -> None:
+        if token < 0:
+            raise FloatingPointError("model: expected finite logits, got NaN or infinity")
         request.tokens.append(token)
         request.handle._give(token)
         if token in self._ends:
             self._finish(request, "end")
-        elif request.stop and first_stop(self._tail(request), request.stop) is not None:
+        elif request.text is not None and self._stopped(*request.text, token):
             self._finish(request, "stop")
+        elif request.matcher is not None and not request.matcher.take(token):
+            self._finish(request, "end")
         elif len(request.tokens) == request.limit:
             self._finish(request, "length")
 
-    def _tail(self, request: Request) -> str:
-        # A token is at least a byte and a character at most four: a stop string lies within so many last tokens.
-        longest = 4 * max(map(len, request.stop)) + 8
-        return self._policy.tokenizer.decode(request.answer[-longest:], skip_special_tokens=True)
+    @staticmethod
+    def _stopped(stream: TextStream, finder: StopFinder, token: int) -> bool:
+        finder.add(stream.add(token))
+        return finder.found
 
     # ------------------------------------------------------------ ends
 
-    def _leave(self, request: Request) -> None:
-        """Takes a running request's row and blocks."""
-        self._running.remove(request)
-        self._pool.give_back(request.blocks)
-        self._cache.assign(request.row, [])
-        self._rows.append(request.row)
-        request.blocks, request.computed, request.row = [], 0, -1
-
     def _finish(self, request: Request, reason: Reason) -> None:
-        answer = request.answer
-        text = None
-        if self._policy.tokenizer is not None:
-            text = self._policy.tokenizer.decode(answer, skip_special_tokens=True)
-            at = first_stop(text, request.stop)
-            text = text if at is None else text[:at]
-        request.handle._result = Result(answer, text, reason, request.prompt_length, request.cached or 0)
+        answer, text = request.answer, None
+        try:
+            if self._policy.tokenizer is not None:
+                text = decoded(self._policy.tokenizer, answer)
+                at = first_stop(text, request.stop)
+                text = text if at is None else text[:at]
+        except Exception as error:
+            self._fail(request, error)
+            return
+        request.handle._result = Result(
+            answer, text, reason, request.prompt_length, request.cached or 0, request.handle.logprobs
+        )
         self._end(request)
 
     def _fail(self, request: Request, error: BaseException) -> None:
@@ -443,21 +501,64 @@ class Engine:
         self._end(request)
 
     def _end(self, request: Request) -> None:
-        if request in self._running:
-            self._leave(request)
-        request.held.close()
-        request.handle._finished.set()
-        request.handle._give(None)
+        """Lets go what a request holds, and tells who waits for it; whatever fails of it, the rest is done."""
+        if request.ended:
+            return
+        request.ended = True
+        try:
+            if request.row >= 0:
+                self._running.leave(request)
+            with self._state:
+                self._waiting.discard(request)
+                self._open.pop(request.handle, None)
+                self._state.notify_all()
+            request.held.close()
+        except Exception:
+            logger.exception("a request has ended, but not all that it held could be let go")
+        finally:
+            request.handle._finished.set()
+            try:
+                request.handle._give(None)
+            except Exception:
+                logger.exception("a request has ended, but who listens to it could not be told")
+
+    def _end_all(self, end: Callable[[Request], None]) -> None:
         with self._state:
-            self._open -= 1
+            requests = list(self._open.values())
+        for request in requests:
+            end(request)
+
+    def _break(self, error: BaseException) -> None:
+        """Closes the engine for good: everybody gets the error."""
+        with self._state:
+            self._closed, self._broken = True, error
             self._state.notify_all()
+        self._end_all(lambda request: self._fail(request, error))
+        logger.critical("the engine is closed, since it cannot go on: %r", error, exc_info=error)
 
     # ------------------------------------------------------------ what a request stands on
 
+    def _stops(self, stop: Sequence[str]) -> tuple[str, ...]:
+        if (
+            not isinstance(stop, Sequence)
+            or isinstance(stop, str)
+            or len(stop) > MAX_STOPS
+            or not all(isinstance(text, str) and 0 < len(text) <= MAX_STOP_LENGTH for text in stop)
+        ):
+            raise ValueError(
+                f"stop: expected a list of at most {MAX_STOPS} texts, none of them empty, none of more than "
+                f"{MAX_STOP_LENGTH} characters, got {stop!r:.80}"
+            )
+        if stop and self._policy.tokenizer is None:
+            raise ValueError("stop: expected none, since this policy has no tokenizer")
+        return tuple(stop)
+
     def _tokens(self, prompt: Prompt) -> list[int]:
-        if not isinstance(prompt, Sequence):
+        if not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray | memoryview):
             raise TypeError(f"prompt: expected a text, a chat or a list of token ids, got {prompt!r:.80}")
-        if isinstance(prompt, str) or not all(isinstance(token, Integral) for token in prompt):
+        if isinstance(prompt, str) or not all(
+            isinstance(token, Integral) and not isinstance(token, bool) for token in prompt
+        ):
             if self._policy.tokenizer is None:
                 raise ValueError("prompt: expected token ids, since this policy has no tokenizer; got a text or a chat")
             return prompt_ids(self._policy.tokenizer, told(prompt, self._policy.chat))  # type: ignore[arg-type]
@@ -497,3 +598,17 @@ def _end_tokens(policy: Steered) -> set[int]:
     if ends is None:
         ends = policy.model.config.get_text_config().eos_token_id
     return set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
+
+
+_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+def _close_all() -> None:
+    for engine in list(_engines):
+        if engine._process == os.getpid():
+            engine.close()
+
+
+# A thread that is in native code when the interpreter goes ends in an abort. This is called before that, and before
+# threads are waited for; atexit's functions would come after.
+threading._register_atexit(_close_all)  # type: ignore[attr-defined]

@@ -17,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 from fssa_fast.generation import Handle, Result
 from fssa_fast.generation.prompts import has_template
-from fssa_fast.generation.requests import first_stop
+from fssa_fast.generation.text import first_stop
 from fssa_fast.serving.errors import ApiError, failure, json_response, translated, unknown_user
 from fssa_fast.serving.forms import ChatForm, CompletionOptions, TextForm
 from fssa_fast.serving.keys import Client
