@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fssa_fast.nn import ContextEncoder
-from fssa_fast.users.sqlite_store import SqliteStore
+from fssa_fast.users.open_store import open_store
 from fssa_fast.users.store import StoreError, UserStore
 from fssa_fast.users.stored_users import encoder_fingerprint
 from fssa_fast.vllm.latents import BASE, KEY, PRIOR, Steering, decode, encode
@@ -60,7 +60,7 @@ class NamedUsers:
         weight, bias = policy.modulator()
         empty = torch.empty(0, 2, policy.saved.config.encoder.embedding_width)
         prior = encoder.latents(empty, torch.empty(0, dtype=torch.long), torch.tensor([0, 0]))[0].bfloat16()
-        store = None if options.users is None else SqliteStore(options.users)
+        store = None if options.users is None else open_store(options.users)
         fingerprint = encoder_fingerprint(encoder)
         if store is not None and store.about().get("encoder") not in (None, fingerprint):
             raise StoreError(f"{options.users}: expected latents of the policy's encoder, got another's")

@@ -12,7 +12,8 @@ STORE = "FSSA_USERS"
 
 @dataclass(frozen=True)
 class Options:
-    """policy: the directory of a saved policy. users: the store; None takes FSSA_USERS, which may be unset.
+    """policy: the directory of a saved policy. users: the store, a SQLite file or a PostgreSQL URL; None takes
+        FSSA_USERS, which may be unset.
 
     load_format: how the base model's own weights are loaded, as vLLM's --load-format.
     """

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fssa_fast.policy.storage import WEIGHTS_NAME, SavedPolicy, planned_tensors, read_adapter, read_description
+from fssa_fast.policy.storage import SavedPolicy, described_weights, planned_tensors, read_adapter, read_description
 from fssa_fast.steering.sites import Layout, blocks_of, hidden_width, plan_sites
 
 
@@ -52,5 +52,5 @@ def read_policy(directory: str, model_config: Any) -> PolicyFiles:
         if value != getattr(saved.base, name):
             raise ValueError(f"policy: expected a base with {name} {value!r}, got {getattr(saved.base, name)!r}")
     layout = plan_sites(planned, saved.config)
-    tensors = read_adapter(folder / WEIGHTS_NAME, planned_tensors(saved.config, layout))
+    tensors = read_adapter(described_weights(folder, saved), planned_tensors(saved.config, layout))
     return PolicyFiles(saved, layout, tensors, planned)
