@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fssa_fast.generation.sampling import MAX_BIASED, Knobs, Sampling, which_draw
+from fssa_fast.generation.sampling import MAX_BIASED, Knobs, Sampling, likeliest, which_draw
 
 # What a row asks for: a step does only what one of its rows asks for, and to these rows alone.
-PENALISED, BIASED, MASKED, FOLLOWED, FILTERED, LOGPROBS = (1 << i for i in range(6))
+PENALISED, BIASED, MASKED, FOLLOWED, SAMPLED, FILTERED, LOGPROBS = (1 << i for i in range(7))
 CHANGED = PENALISED | BIASED | MASKED  # the logits themselves
 
 
@@ -53,8 +53,8 @@ class Sampler:
         knobs.temperature[row] = sampling.temperature
         knobs.min_p[row], knobs.top_k[row], knobs.top_p[row] = sampling.min_p, sampling.top_k, sampling.top_p
         knobs.seed[row] = seed
-        if sampling.temperature > 0 and (sampling.top_k or sampling.top_p < 1):
-            kinds |= FILTERED
+        if sampling.temperature > 0:
+            kinds |= SAMPLED | (FILTERED if sampling.top_k or sampling.top_p < 1 else 0)
         if (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty) != (1, 0, 0):
             kinds |= PENALISED
             if self._penalties is None:
@@ -91,6 +91,8 @@ class Sampler:
         kinds = self._kinds[rows]
         asked = int(np.bitwise_or.reduce(kinds))
         where, at = self._on_device(rows), self._on_device(positions)
+        if not asked & (CHANGED | SAMPLED):
+            return likeliest(logits).tolist()
         if not asked & CHANGED:
             return self._draw(logits, self._knobs, where, at, bool(asked & FILTERED)).tolist()
         tokens = torch.empty(len(rows), dtype=torch.int64, device=self._device)

@@ -176,6 +176,12 @@ def draw(logits: Tensor, knobs: Knobs, rows: Tensor, positions: Tensor, filtered
     return torch.where(torch.isfinite(highest), torch.where(greedy, below.argmin(1), drawn), -1)
 
 
+def likeliest(logits: Tensor) -> Tensor:
+    """What `draw` gives where all temperatures are 0: token ids, int64 [m], or -1."""
+    highest, tokens = logits.max(1)
+    return torch.where(torch.isfinite(highest), tokens, -1)
+
+
 def _least(distances: Tensor, amounts: Tensor, wanted: Tensor) -> Tensor:
     """The least distance [m] up to which a row's amounts [m, V] add up to what is wanted [m], found bit by bit."""
     found = torch.zeros_like(wanted, dtype=torch.int32)
