@@ -24,7 +24,7 @@ from fssa_fast.serving.settings import Settings
 from fssa_fast.users.store import UserStore
 
 PAGE = Path(__file__).parent / "page"
-_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
+_PARTS = {"page.css": "text/css", "page.js": "text/javascript", "icon.svg": "image/svg+xml"}
 
 
 def make_app(
@@ -82,9 +82,9 @@ def make_app(
 
     @app.get("/page/{name}", include_in_schema=False)
     async def part(name: str) -> Response:
-        if name not in ("page.css", "page.js"):
+        if name not in _PARTS:
             raise ApiError(404, "not_found", "Not Found")
-        return FileResponse(PAGE / name, media_type=_TYPES[Path(name).suffix])
+        return FileResponse(PAGE / name, media_type=_PARTS[name])
 
     if keys is None:  # else a foreign page could reach it by a name of its own that leads to the loopback
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "[::1]"])
