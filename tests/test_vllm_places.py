@@ -13,13 +13,13 @@ from fssa_fast.users.sqlite_store import SqliteStore
 from fssa_fast.users.store import Change, StoredUser, StoreError
 from fssa_fast.vllm import BASE, PRIOR
 from fssa_fast.vllm.latents import Steering, cache_salt, decode, encode
-from fssa_fast.vllm.named import NamedUsers
+from fssa_fast.vllm.named import Bound, NamedUsers
 from fssa_fast.vllm.options import read_options
 from fssa_fast.vllm.places import cut, describe, find
 from fssa_fast.vllm.refusals import refuse
 from fssa_fast.vllm.rows import Columns, WorkerRows
 from fssa_fast.vllm.runners import RequestSlots, prepare_inputs, steered_state
-from fssa_fast.vllm.steering import LoraChild, steer_linear
+from fssa_fast.vllm.steering import LoraChild, steer_block, steer_linear
 
 # ---------------------------------------------------------------- places and shards: classes named as vLLM's
 
@@ -267,6 +267,33 @@ def test_the_second_runners_state_points_tokens_without_a_look_at_them() -> None
     assert not rows.slots.any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("apart", [True, False])
+def test_film_changes_the_stream_by_the_row_of_every_token_and_looks_at_no_number(
+    apart: bool, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    width = 16
+    rows = WorkerRows(
+        torch.zeros(40, 4), torch.zeros(40), requests=2, tokens=8, dtype=dtype, device=torch.device("cpu")
+    )
+    rows.rows[1:].normal_()
+    rows.slots[:4] = torch.tensor([2, 0, 1, 2])
+    block = torch.nn.Identity()
+    steer_block(block, rows, slice(3, 3 + 2 * width))
+    added, stream = torch.randn(2, 4, width).to(dtype)
+    with RecordOps() as record:
+        output = block((added, stream) if apart else stream)
+    assert record.host_reads() == []
+    own = rows.rows[rows.slots[:4].long()].double()
+    hidden = stream.double() + (added.double() if apart else 0)
+    wanted = hidden * (1 + own[:, 3 : 3 + width]) + own[:, 3 + width : 3 + 2 * width]
+    new = output[1] if apart else output
+    close = dict(atol=1e-5, rtol=1e-5) if dtype == torch.float32 else dict(atol=0.05, rtol=0.02)
+    torch.testing.assert_close(new.double() + (added.double() if apart else 0), wanted, **close)
+    assert torch.equal(new[1], stream[1]) and (not apart or output[0] is added)  # a base row
+
+
 def test_a_runner_whose_model_is_not_steered_is_left_alone() -> None:
     runner = SimpleNamespace(get_model=lambda: torch.nn.Linear(1, 1))
     assert prepare_inputs(lambda own, output: output, runner, "prepared") == "prepared"
@@ -282,7 +309,7 @@ def users(tmp_path: Any) -> NamedUsers:
     store.put([Change(StoredUser("alice", 1, 2.0, torch.full((4,), 1.0).bfloat16(), "own"))])
     store.put([Change(StoredUser("bob", 1, 1.0, torch.full((4,), -2.0).bfloat16(), "own"))])
     return NamedUsers(
-        store, torch.zeros(4).bfloat16(), encoder="own", largest_weight=1.0, largest_bias=1.0, limit=1e4
+        store, torch.zeros(4).bfloat16(), encoder="own", bounds=[Bound(1.0, 1.0, 1e4)]
     )
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -18,9 +18,42 @@ from fssa_fast.users.store import StoreError, UserStore
 from fssa_fast.users.stored_users import encoder_fingerprint
 from fssa_fast.vllm.latents import BASE, KEY, PRIOR, Steering, decode, encode
 from fssa_fast.vllm.options import STORE, Options
-from fssa_fast.vllm.saved import read_policy
+from fssa_fast.vllm.saved import PolicyFiles, read_policy
 
 KEYS = {"fssa_user", "fssa_users", "fssa_strength", "fssa_latent", KEY}
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What some columns of a row may hold: numbers up to limit.
+
+    A user's are at most |strength| (weight |z| + bias).
+
+    weight, bias: the largest norm of a row of the modulator's weight, and the largest number of its bias.
+    """
+
+    weight: float
+    bias: float
+    limit: float
+
+
+def row_bounds(policy: PolicyFiles, dtype: torch.dtype) -> list[Bound]:
+    """Bounds under which hidden states stay finite, whatever the latent.
+
+    Not for the client's sake: what is not finite stays in the blocks of the cache that the request leaves, and
+    attention multiplies that by 0 before the next request writes it: NaN, to somebody else. FiLM's scales multiply
+    through all blocks, so that their product is bounded; what is added is bounded by itself, since a norm follows.
+    """
+    weight, bias = policy.modulator()
+    scales = torch.zeros(len(bias), dtype=torch.bool)
+    for film in policy.layout.films:
+        scales[film.scale] = True
+    room = torch.finfo(dtype).max / 1e4 if dtype == torch.float16 else torch.finfo(dtype).max / 1e8
+    bounds = [Bound(0.0, 1.0, room**0.25)]  # the strengths of plain adapters
+    for columns, limit in ((scales, room ** (1 / (len(policy.layout.films) + 1)) - 1), (~scales, room**0.25)):
+        if columns.any():
+            bounds.append(Bound(float(weight[columns].norm(dim=1).max()), float(bias[columns].abs().max()), limit))
+    return bounds
 
 
 class NamedUsers:
@@ -29,8 +62,7 @@ class NamedUsers:
     Args:
         store: None where only latents are sent. prior: the latent [H] of the empty context. encoder: the
             fingerprint of the one that made it.
-        largest_weight, largest_bias: the largest norm of a row of the modulator's weight, and number of its bias.
-        limit: the largest number that a row may hold.
+        bounds: what rows may hold.
     """
 
     def __init__(
@@ -39,12 +71,10 @@ class NamedUsers:
         prior: Tensor,
         *,
         encoder: str,
-        largest_weight: float,
-        largest_bias: float,
-        limit: float,
+        bounds: Sequence[Bound],
     ) -> None:
         self._store, self._prior, self._encoder = store, prior, encoder
-        self._weight, self._bias, self._limit = largest_weight, largest_bias, limit
+        self._bounds = bounds
 
     @classmethod
     @torch.no_grad()
@@ -57,7 +87,6 @@ class NamedUsers:
         encoder = ContextEncoder(**asdict(policy.saved.config.encoder)).eval()
         parts = {name.removeprefix("encoder."): t for name, t in policy.tensors.items() if name.startswith("encoder.")}
         encoder.load_state_dict(parts)
-        weight, bias = policy.modulator()
         empty = torch.empty(0, 2, policy.saved.config.encoder.embedding_width)
         prior = encoder.latents(empty, torch.empty(0, dtype=torch.long), torch.tensor([0, 0]))[0].bfloat16()
         store = None if options.users is None else open_store(options.users)
@@ -68,9 +97,7 @@ class NamedUsers:
             store,
             prior,
             encoder=fingerprint,
-            largest_weight=float(weight.norm(dim=1).max()) if len(weight) else 0.0,
-            largest_bias=float(bias.abs().max()) if len(bias) else 0.0,
-            limit=torch.finfo(model_config.dtype).max,
+            bounds=row_bounds(policy, model_config.dtype),
         )
 
     def text(self, asked: Mapping[str, Any]) -> str | None:
@@ -137,9 +164,11 @@ class NamedUsers:
         return Steering(strength, latent.bfloat16())
 
     def _check_row(self, strength: float, latent: Tensor) -> None:
-        largest = abs(strength) * (self._weight * float(latent.double().norm()) + max(self._bias, 1.0))
-        if not largest <= self._limit:
-            raise ValueError(f"fssa_strength: expected rows up to {self._limit:.3g}, got up to {largest:.3g}")
+        norm = float(latent.double().norm())
+        for bound in self._bounds:
+            largest = abs(strength) * (bound.weight * norm + bound.bias)
+            if not largest <= bound.limit:
+                raise ValueError(f"fssa_strength: expected rows up to {bound.limit:.3g}, got up to {largest:.3g}")
 
 
 def _number(name: str, value: Any) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -112,8 +113,10 @@ def test_an_unknown_user_raises_and_the_engine_goes_on(tiny: Any) -> None:
     for extra in ({"fssa_user": "nobody"}, {"fssa_latent": "1.0:AAAA"}, {"fssa": "1.0:AAAA"}, {"fssa_strength": 1e39}):
         with pytest.raises(VLLMValidationError, match="user|latent|unknown|strength"):
             llm.generate([TokensPrompt(prompt_token_ids=[1])], steered_params(extra_args=extra, max_tokens=2))
-    far = steered_params("user1", strength=1e30, temperature=0, max_tokens=LENGTH, ignore_eos=True)
-    llm.generate([TokensPrompt(prompt_token_ids=[1, 2, 3])], far)  # nothing but NaN, to that client alone
+    for strength in (1e2, 1e4, 1e6, 1e8, 1e10, 1e20, 1e30):  # refused or finite: no NaN stays in the cache
+        far = steered_params("user1", strength=strength, temperature=0, max_tokens=LENGTH, ignore_eos=True)
+        with suppress(VLLMValidationError):
+            llm.generate([TokensPrompt(prompt_token_ids=[1, 2, 3])], far)
     asked = [(prompts()[0], "user0")]
     assert not_greedy(policy, asked, answers(llm, asked)) == []
 
