@@ -44,7 +44,9 @@ def film_tile(width: int, dtype: torch.dtype) -> FilmTile:
 def norm_tile(width: int) -> FilmTile:
     """A whole row."""
     block = power_of_two(width, 128, WIDEST_NORM)
-    return FilmTile(block, max(1, min(32 if block > 16384 else 16, block // 512)))
+    # A program has at most 1,024 threads, and a warp of AMD's chips has 64 of them.
+    most = 32 if block > 16384 and torch.version.hip is None else 16
+    return FilmTile(block, max(1, min(most, block // 512)))
 
 
 class ColumnTile(NamedTuple):

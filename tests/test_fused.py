@@ -225,3 +225,10 @@ def test_bad_steps(backend):
             fused.forward(one, one + slot, one + sequence, one + position, cache)
     with pytest.raises(ValueError, match="slots: expected one for each of the 2 tokens"):
         fused.forward(one.repeat(2), one, one.repeat(2), one.repeat(2), cache)
+
+
+def test_a_model_on_several_devices_is_not_fused():
+    policy = make_policy()
+    policy.model.model.layers[1].mlp.to("meta")
+    with pytest.raises(CannotFuse, match="expected all parameters on one device, got them on cpu.*, meta"):
+        policy.fuse()

@@ -22,6 +22,7 @@ if load_backend("triton")[0] is None:
     pytest.skip(f"the Triton backend cannot run here: {load_backend('triton')[1]}", allow_module_level=True)
 
 from fssa_fast.generation.triton_ops import TritonOps  # noqa: E402  (needs triton)
+from fssa_fast.kernels import configs  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -106,3 +107,9 @@ def test_asked_for_by_name_it_raises(monkeypatch):
     monkeypatch.setattr("fssa_fast.generation.triton_ops.TritonOps", lambda *_: NoFilm())
     with use_backend("triton"), pytest.raises(BackendError, match="'triton' was asked for .* its film is"):
         which_ops.ops_for(DEVICE, torch.float32, 16)
+
+
+@pytest.mark.parametrize(("hip", "lanes"), [(None, 32), ("6.4", 64)], ids=["NVIDIA", "AMD"])
+def test_a_norm_has_at_most_1024_threads(hip, lanes, monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", hip)
+    assert all(configs.norm_tile(width).warps * lanes <= 1024 for width in (100, 4096, 16384, 16385, 65536))

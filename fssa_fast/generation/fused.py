@@ -459,6 +459,9 @@ def _check(policy: Steered) -> None:
     model = policy.model
     config = model.config.get_text_config()
     kind = config.model_type
+    devices = sorted({str(parameter.device) for parameter in model.parameters()})
+    if len(devices) > 1:
+        raise CannotFuse(f"model: expected all parameters on one device, got them on {', '.join(devices)}")
     if kind not in ARCHITECTURES:
         raise CannotFuse(f"model: expected one of {', '.join(ARCHITECTURES)}, got {kind!r}")
     if _activation(config) not in ACTIVATIONS:
