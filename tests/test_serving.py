@@ -124,6 +124,20 @@ def test_n_seed_stop_and_usage(server, client):
     assert stopped.choices[0].message.content == expected[0].text[: expected[0].text.index(words[3])]
 
 
+def test_penalties_bias_and_logprobs_are_the_engines(server, client):
+    options = {"presence_penalty": 1.5, "frequency_penalty": 0.5, "logit_bias": {"20": 3.0, "21": -100}}
+    asked = {"model": "tiny", "user": "bob", "max_tokens": 8, "temperature": 0, **options}
+    engine = options | {"logit_bias": {20: 3.0, 21: -100.0}, "logprobs": 2, "max_new_tokens": 8}
+    expected = server.engine.submit(CHAT, "bob", **engine).result()
+    choice = client.chat.completions.create(messages=CHAT, logprobs=True, top_logprobs=2, **asked).choices[0]
+    assert choice.message.content == expected.text != by_engine(server, CHAT, "bob", max_new_tokens=8)
+    assert [one.logprob for one in choice.logprobs.content] == [one.logprob for one in expected.logprobs]
+    assert [len(one.top_logprobs) for one in choice.logprobs.content] == [2] * len(expected.tokens)
+    found = client.completions.create(prompt="w7 w8", logprobs=2, **asked).choices[0].logprobs
+    expected = server.engine.submit("w7 w8", "bob", **engine).result()
+    assert found.token_logprobs == [one.logprob for one in expected.logprobs]
+
+
 def test_completions_of_texts_tokens_and_several(server, client):
     found = client.completions.create(model="tiny", prompt=["w7 w8", "w9"], temperature=0, n=2, user="bob")
     expected = [by_engine(server, prompt, "bob", max_new_tokens=16) for prompt in ("w7 w8", "w9") for _ in range(2)]

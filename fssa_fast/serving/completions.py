@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import time
 import uuid
@@ -17,7 +18,8 @@ from starlette.types import Receive, Scope, Send
 
 from fssa_fast.generation import Handle, Result
 from fssa_fast.generation.prompts import has_template
-from fssa_fast.generation.text import first_stop
+from fssa_fast.generation.sampler import TokenLogprobs
+from fssa_fast.generation.text import StopFinder, TextStream
 from fssa_fast.serving.errors import ApiError, failure, json_response, translated, unknown_user
 from fssa_fast.serving.forms import ChatForm, CompletionOptions, TextForm
 from fssa_fast.serving.keys import Client
@@ -128,16 +130,11 @@ def submit(
     user: str | Mapping[str, float] = whom.user
     if service.settings.create_users and isinstance(user, str) and user == whom.one and user not in service.users:
         user = PRIOR  # made by the first choice: nothing is known of this user until then
-    seed = options.get("seed")
     try:
         for prompt in prompts:
-            for number in range(count):
-                own = {**options, "seed": None if seed is None else (seed + number) % (1 << 63)}
-                handles.append(
-                    service.engine.submit(
-                        prompt, user, max_new_tokens=limit, strength=whom.strength, namespace=client.namespace, **own
-                    )
-                )
+            handles += service.engine.submit_many(
+                prompt, user, count, max_new_tokens=limit, strength=whom.strength, namespace=client.namespace, **options
+            )
     except BaseException as error:
         for handle in handles:
             handle.cancel()
@@ -151,15 +148,19 @@ def submit(
 
 def sampling(form: CompletionOptions, logprobs: int | None) -> dict[str, Any]:
     """The engine's arguments for how tokens are chosen."""
-    if logprobs is not None:
-        raise ApiError(400, "unsupported_parameter", "logprobs: not supported by this server", "logprobs")
-    for name in ("presence_penalty", "frequency_penalty", "logit_bias"):
-        if getattr(form, name):
-            raise ApiError(400, "unsupported_parameter", f"{name}: not supported by this server", name)
     stop = [form.stop] if isinstance(form.stop, str) else form.stop or []
     if not all(stop):
         raise ApiError(400, "invalid_value", "stop: expected texts that are not empty", "stop")
-    return {"temperature": form.temperature, "top_p": form.top_p, "seed": form.seed, "stop": stop}
+    return {
+        "temperature": form.temperature,
+        "top_p": form.top_p,
+        "seed": None if form.seed is None else form.seed % (1 << 63),
+        "presence_penalty": form.presence_penalty,
+        "frequency_penalty": form.frequency_penalty,
+        "logit_bias": {int(token): value for token, value in (form.logit_bias or {}).items()} or None,
+        "logprobs": logprobs,
+        "stop": stop,
+    }
 
 
 async def _answer(
@@ -168,6 +169,8 @@ async def _answer(
 ) -> Response:  # fmt: skip
     began = time.perf_counter()
     for_whom = whom(form, service, client)
+    if form.stream and logprobs is not None:
+        raise ApiError(400, "unsupported_parameter", "logprobs: not supported in streams by this server", "logprobs")
     options = sampling(form, logprobs)
     with ExitStack() as held:
         held.enter_context(client.open())
@@ -248,6 +251,10 @@ class Answers:
             elif piece:
                 yield index, piece, None
 
+    def token_text(self, token: int) -> str:
+        """One token by itself."""
+        return self._service.policy.tokenizer.decode([token])
+
     async def all(self) -> list[Result]:
         """All results, in order."""
         results: list[Any] = [None] * len(self.handles)
@@ -290,20 +297,14 @@ class PiecewiseText:
     """The text of one request as it comes, in pieces of whole characters that end before a stop string."""
 
     def __init__(self, tokenizer: Any, handle: Handle) -> None:
-        self._tokenizer, self._stop = tokenizer, handle.stop
-        self._tokens: list[int] = []
-        self._given = 0
-        self._held = max((len(stop) for stop in self._stop), default=1) - 1  # perhaps the beginning of a stop string
+        self._stream, self._stop, self._given = TextStream(tokenizer), StopFinder(handle.stop), 0
 
     def add(self, tokens: Sequence[int]) -> str:
         """What is certain of the text with these tokens, and was not before."""
-        self._tokens += tokens
-        text = self._tokenizer.decode(self._tokens, skip_special_tokens=True)
-        at = first_stop(text, self._stop)
-        end = max(0, len(text) - self._held) if at is None else at
-        if text.endswith("\ufffd"):  # perhaps the beginning of a character
-            return ""
-        piece = text[self._given : end]
+        piece = ""
+        for token in tokens:
+            if not self._stop.found:
+                piece += self._stop.add(self._stream.add(token))
         self._given += len(piece)
         return piece
 
@@ -388,7 +389,15 @@ class _Chat(_Kind):
 
     def choice(self, index: int, result: Result) -> dict[str, Any]:
         message = {"role": "assistant", "content": result.text, "refusal": None}
-        return {"index": index, "message": message, "logprobs": None, "finish_reason": _REASONS[result.reason]}
+        logprobs = None if result.logprobs is None else {"content": self._logprobs(result.logprobs), "refusal": None}
+        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": _REASONS[result.reason]}
+
+    def _logprobs(self, found: Sequence[TokenLogprobs]) -> list[dict[str, Any]]:
+        def one(token: int, logprob: float) -> dict[str, Any]:
+            text = self._answers.token_text(token)
+            return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+        return [{**one(each.token, each.logprob), "top_logprobs": [one(*pair) for pair in each.top]} for each in found]
 
     def first(self, index: int) -> dict[str, Any] | None:
         return self._delta(index, {"role": "assistant", "content": ""})
@@ -408,7 +417,16 @@ class _Text(_Kind):
     prefix, object, chunk = "cmpl-", "text_completion", "text_completion"
 
     def choice(self, index: int, result: Result) -> dict[str, Any]:
-        return {**self.piece(index, result.text or ""), "finish_reason": _REASONS[result.reason]}
+        logprobs = None if result.logprobs is None else self._logprobs(result.logprobs)
+        piece = self.piece(index, result.text or "")
+        return {**piece, "logprobs": logprobs, "finish_reason": _REASONS[result.reason]}
+
+    def _logprobs(self, found: Sequence[TokenLogprobs]) -> dict[str, Any]:
+        texts = [self._answers.token_text(each.token) for each in found]
+        tops = [{self._answers.token_text(token): value for token, value in each.top} for each in found]
+        offsets = list(itertools.accumulate(map(len, texts[:-1]), initial=0))
+        return {"tokens": texts, "token_logprobs": [each.logprob for each in found], "top_logprobs": tops,
+                "text_offset": offsets}  # fmt: skip
 
     def first(self, index: int) -> dict[str, Any] | None:
         return None

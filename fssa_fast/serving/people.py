@@ -162,7 +162,11 @@ async def question(
     if embedder is None:
         raise ApiError(400, "no_embedder", "question: expected a policy with a text embedder; this one has none")
     prompt = told(form.prompt, tells_chats(service))
-    options: dict[str, Any] = {"temperature": form.temperature, "top_p": form.top_p, "seed": form.seed, "stop": []}
+    options: dict[str, Any] = {
+        "temperature": form.temperature,
+        "top_p": form.top_p,
+        "seed": None if form.seed is None else form.seed % (1 << 63),
+    }
     with client.open():
         try:
             handles = await service.call(
