@@ -10,7 +10,7 @@ same length of context; a step is the forward of one token a row and the choice 
     peft_mixed              peft's adapter_names: a LoRA for every user, no film
     loop                    ours attached, one row after the other
     attached                ours attached
-    fused_base              ours fused, all rows the base model
+    fused_base              ours fused, of the model without an adapter
     fused                   ours fused, every row another user
     fused_one_user          ours fused, all rows the same user
     engine                  ours fused, behind the engine's scheduler
@@ -99,6 +99,15 @@ def make_policy(base: Any, rank: int, users: int) -> SteerablePolicy:
     policy.users.refresh()
     policy.users.add_many({f"user{i}": [Choice(torch.randn(EMBEDDING), torch.randn(EMBEDDING))] for i in range(users)})
     return policy
+
+
+def make_bare(base: Any) -> SteerablePolicy:
+    """A policy on a twin of the base model whose fused form is the model's own: no adapter beside any projection.
+
+    A policy steers in some way; film on one block takes no step of its own.
+    """
+    with torch.inference_mode(False):  # or the fused form could not tell when its parameters change
+        return SteerablePolicy(twin(base), SteeringConfig(EncoderConfig(EMBEDDING, LATENT), (0,)), capacity=2)
 
 
 class Bench:
@@ -205,7 +214,8 @@ class Bench:
         return self._attached(slice(None))
 
     def fused(self, system: str) -> Step:
-        fused = self.policy.fused or self.policy.fuse(max_positions=2048)
+        policy = make_bare(self.base) if system == "fused_base" else self.policy
+        fused = policy.fused or policy.fuse(max_positions=2048)
         slots = {"fused": self.slots, "fused_base": 0 * self.slots, "fused_one_user": 0 * self.slots + self.slots[0]}
         rows, own = torch.arange(self.rows, device=self.device), slots[system]
         positions = torch.arange(self.length, device=self.device)
@@ -374,7 +384,7 @@ def measure(base: Any, name: str, args: argparse.Namespace) -> list[dict[str, An
                     "ms_to_first_token": 1e3 * first[system].median if system in first else None,
                     **about,
                 }
-                if system in ("fused", "fused_base", "engine", "fused_one_user") and policy.fused is not None:
+                if system in ("fused", "engine", "fused_one_user") and policy.fused is not None:
                     result["packed_weight_bytes"] = policy.fused.nbytes
                 results.append(result)
             show([result for result in results if result["rank"] == rank])

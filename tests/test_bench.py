@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import make_model
 
-from bench.decode import SHAPES, Bench, first_tokens, make_policy, random_base, stream
+from bench.decode import SHAPES, Bench, first_tokens, make_bare, make_policy, random_base, stream
 from bench.users import additions, at_rest, changes
 
 
@@ -35,13 +35,20 @@ def test_those_that_compute_the_same_agree(bench):
     assert set(first_tokens(bench, ["transformers", "attached", "fused"])) == {"transformers", "attached", "fused"}
 
 
+def test_the_base_is_fused_without_an_adapter(bench):
+    bare, steered = make_bare(bench.base).fuse(), bench.policy.fused or bench.policy.fuse()
+    assert all(not group.adapters for block in bare.blocks for group in (block.qkv, block.o, block.gate_up, block.down))
+    assert bare.nbytes < steered.nbytes
+
+
 def test_random_models_of_a_shape():
     config = SHAPES["qwen2.5-1.5b"]()
     assert (config.hidden_size, config.num_hidden_layers, config.num_key_value_heads) == (1536, 28, 2)
     base = random_base(make_model("qwen2", max_position_embeddings=2048).config, "cpu")
     assert base.dtype == torch.bfloat16
+    small = Bench(base, make_policy(base, 4, 2), 4, 2, 8)
     with torch.inference_mode():
-        ((_, step),) = Bench(base, make_policy(base, 4, 2), 4, 2, 8).steps(["fused"])
+        ((_, step),) = small.steps(["fused"])
         assert step().shape == (2,)
 
 
