@@ -188,8 +188,8 @@ typedef struct {
   fssa_context_gradients gradients;
 } fssa_context_backward_args;
 
-/* y = x W^T + bias. The weight lies in panels of 32 outputs, [ceil(outputs / 32)][width][32], zeros where the last is
- * not full; bias [outputs] or NULL. */
+/* y = x W^T + bias. The weight lies in panels of 32 outputs, [ceil(outputs / 32)][width][32], in bfloat16 with two of a
+ * row side by side, [ceil(outputs / 32)][ceil(width / 2)][32][2]; zeros where there is nothing. bias [outputs] or NULL. */
 typedef struct {
   fssa_dtype dtype;
   int64_t rows, width, outputs;
@@ -234,7 +234,8 @@ typedef struct {
  * into the cache, and then attention over what the cache holds of the token's sequence, up to and with the token itself.
  *
  * The cache is made of blocks of 32 positions, keys [blocks][kv_heads][head_width][32], values [blocks][kv_heads][32]
- * [head_width], 32 readable elements behind the last; position p of sequence s lies in block table[s][p / 32].
+ * [head_width], in bfloat16 keys [..][head_width / 2][32][2] and values [..][16][head_width][2], 64 readable elements behind
+ * the last; head_width is even; position p of sequence s lies in block table[s][p / 32].
  * cos and sin are [positions, head_width], float32. A window of 0 is none; so is a softcap of 0. */
 typedef struct {
   fssa_dtype dtype;

@@ -7,12 +7,17 @@ import weakref
 
 import pytest
 import torch
+from cases import columns, cpu_backends, dtypes, normal, running
 from tiny import VOCABULARY, make_choices, make_ids, make_model, make_policy, shake
+from tolerances import check_parity
 
 from fssa_fast import BASE, PRIOR, LoraConfig, SteerablePolicy, SteeringConfig, use_backend
 from fssa_fast._native import load_native
 from fssa_fast.generation import CannotFuse
+from fssa_fast.generation.block_ops import AttentionInputs, AttentionSettings
+from fssa_fast.generation.cache import BlockCache
 from fssa_fast.generation.native_ops import NativeOps
+from fssa_fast.generation.plain_ops import PlainOps
 from fssa_fast.steering.config import EncoderConfig
 
 FAMILY = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3")
@@ -66,7 +71,7 @@ def fused_logits(policy: SteerablePolicy, ids: torch.Tensor, users: list[str], p
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", FAMILY)
 def test_same_logits_as_attached(kind, dtype, backend):
     policy, users, ids = steered(kind, dtype), [BASE, PRIOR, "a", "b"], make_ids(4, 36)
@@ -108,7 +113,7 @@ def test_float64_and_rows_that_are_base(backend):
 
 
 @native
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_rows_do_not_depend_on_their_company(dtype):
     """Bit for bit: alone, among others, in one step or in pieces."""
     policy = steered("llama", dtype)
@@ -120,22 +125,81 @@ def test_rows_do_not_depend_on_their_company(dtype):
             assert torch.equal(fused_logits(policy, ids[row : row + 1], [user], prompt)[0], together[row])
 
 
-@native
-@pytest.mark.parametrize("rows", [1, 2, 11, 12, 13, 31, 50])
+def linear(ops: NativeOps | PlainOps, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    y = torch.full((len(x), len(weight) + 1), 7.0, dtype=x.dtype)
+    ops.linear(x, ops.pack(weight), bias, y[:, :-1])()
+    return y
+
+
+@pytest.mark.parametrize("isa", cpu_backends())
 @pytest.mark.parametrize("sizes", [(7, 5), (32, 32), (70, 300), (33, 257)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_native_linear(dtype, sizes, rows):
+@dtypes
+def test_native_linear(dtype, sizes, isa):
+    """Within the rule of accuracy, nothing written beside, and a row's bits whatever the number of rows."""
     outputs, width = sizes
-    draw = torch.Generator().manual_seed(rows)
-    x = torch.randn(rows, width + 3, generator=draw).to(dtype)[:, 1 : width + 1]
-    weight, bias = torch.randn(outputs, width, generator=draw).to(dtype), torch.randn(outputs, generator=draw).to(dtype)
-    ops = NativeOps(load_native()[0])
-    y = torch.full((rows, outputs + 1), 7.0, dtype=dtype)
-    ops.linear(x, ops.pack(weight), bias, y[:, :outputs])()
-    exact = x.double() @ weight.double().T + bias.double()
-    bound = 2 * (torch.nn.functional.linear(x, weight, bias).double() - exact).abs().max()
-    assert (y[:, :outputs].double() - exact).abs().max() <= bound + torch.finfo(dtype).eps * exact.abs().max()
-    assert (y[:, outputs] == 7).all()  # nothing is written beside
+    torch.manual_seed(0)
+    x, weight, bias = columns(50, width, dtype), normal(outputs, width, dtype=dtype), normal(outputs, dtype=dtype)
+    with running(isa):
+        ops = NativeOps(load_native()[0])
+        together = linear(ops, x, weight, bias)
+        check_parity(together, lambda *args: linear(PlainOps(), *args), (x, weight, bias))
+        for rows in (1, 2, 11, 12, 13, 31):
+            assert torch.equal(linear(ops, x[:rows], weight, bias), together[:rows])
+
+
+# (query heads, kv heads, width), window, softcap, norms of heads
+HEADS = {
+    "of three": ((9, 3, 16), 0, 0.0, False),
+    "of six": ((12, 2, 24), 5, 0.0, True),
+    "of fourteen": ((14, 1, 34), 37, 3.0, True),
+}
+
+
+def attended(case: str, ops: NativeOps | PlainOps, pieces: list[int], *args: torch.Tensor) -> torch.Tensor:
+    """What two prompts get, interleaved in steps of so many tokens of each."""
+    (heads, kv_heads, width), window, softcap, normed = HEADS[case]
+    product, q_norm, k_norm, cos, sin = args
+    length = len(product) // 2
+    cache = BlockCache(1, kv_heads, width, sequences=2, max_length=96, dtype=product.dtype, device=product.device)
+    cache.table.copy_(torch.tensor([[3, 1, 5], [2, 6, 4]]))
+    for held in (cache._keys, cache._values):
+        held[:, cache.block * kv_heads * width :] = float("nan")  # what an earlier sequence may have left there
+    settings = AttentionSettings(
+        heads, kv_heads, width, q_norm if normed else None, k_norm if normed else None, 1e-5, cos.float(), sin.float(),
+        0.3, softcap, window,
+    )  # fmt: skip
+    out = torch.empty(len(product), heads * width, dtype=product.dtype)
+    begin = 0
+    for size in pieces:
+        where = torch.arange(begin, min(begin + size, length), dtype=torch.int32)
+        for row in (0, 1) if size > 1 else (slice(None),):
+            which = torch.arange(2, dtype=torch.int32)[row].repeat_interleave(len(where))
+            rows = (which * length + where.repeat(len(which) // len(where))).long()
+            q, k, v = product[rows].split([heads * width, kv_heads * width, kv_heads * width], 1)
+            own = torch.empty(len(rows), heads * width, dtype=product.dtype)
+            positions = where.repeat(len(which) // len(where))
+            ops.attention(settings, AttentionInputs(q, k, v, positions, which), cache, 0, own)()
+            out[rows] = own
+        begin += size
+    return out
+
+
+@pytest.mark.parametrize("isa", cpu_backends())
+@pytest.mark.parametrize("case", HEADS)
+@dtypes
+def test_native_attention(dtype, case, isa):
+    """Within the rule of accuracy, over a cache full of NaN, and the same bits however a prompt comes in pieces."""
+    torch.manual_seed(0)
+    (heads, kv_heads, width), *_ = HEADS[case]
+    angles = torch.rand(96, width // 2).repeat(1, 2) * 6
+    norms = [1 + normal(width, dtype=dtype, scale=0.3) for _ in range(2)]
+    args = normal(2 * 71, (heads + 2 * kv_heads) * width, dtype=dtype), *norms, angles.cos(), angles.sin()
+    with running(isa):
+        ops = NativeOps(load_native()[0])
+        together = attended(case, ops, [71], *args)
+        check_parity(together, lambda *args: attended(case, PlainOps(), [71], *args), args)
+        for pieces in ([1] * 71, [33, 38], [5, 1, 1, 31, 40]):
+            assert torch.equal(attended(case, ops, pieces, *args), together)
 
 
 def test_unfuse_and_the_model_as_it_was():

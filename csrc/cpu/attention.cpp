@@ -1,5 +1,10 @@
 // attention over a cache in blocks: norms of queries and keys, rotary positions, the write of keys and values, and the
-// attention itself. A block of keys is held transposed, [head_width, PANEL], so that both products are panel products.
+// attention itself.
+//
+// A block is two panels: of keys, transposed, [head_width][PANEL], and of values, [PANEL][head_width]; of bfloat16 with two
+// k side by side, as in panels.h. So both products are panel products, and a block is read once for all heads of a
+// group and for all tokens of a tile: neighbours of one sequence, as a prompt has them. A row's bits do not depend on its
+// tile: its scores are its own, and what it does not see has the weight 0, which adds nothing to a sum.
 #include <math.h>
 
 #include "ops.h"
@@ -63,8 +68,11 @@ FSSA_INLINE void softmax(float *scores, int64_t count) {
   }
 }
 
+constexpr int64_t TILE_ROWS = 12;  // queries of a tile, about: more would only make their scores leave the cache
+
 template <class T>
 struct Cache {
+  static constexpr int64_t PAIR = Together<T>::value;
   const fssa_attention_args &a;
   int64_t block_size;  // elements of a block, all heads
 
@@ -79,83 +87,122 @@ struct Cache {
   T *values(int64_t token, int64_t block, int64_t head) const {
     return static_cast<T *>(a.values) + at(token, block, head);
   }
+  void write(int64_t token, int64_t position, int64_t head, const T *key, const T *value) const {
+    const int64_t block = position / PANEL, within = position % PANEL, width = a.head_width;
+    T *keys_at = keys(token, block, head) + within * PAIR;
+    for (int64_t d = 0; d < width; d += PAIR) memcpy(keys_at + d * PANEL, key + d, PAIR * sizeof(T));
+    T *values_at = values(token, block, head) + within / PAIR * PAIR * width + within % PAIR;
+    for (int64_t d = 0; d < width; d++) values_at[d * PAIR] = value[d];
+  }
 };
+
+// Tokens that attend together: `count` neighbours of one sequence from `first` on, their positions one after the other.
+struct Tile {
+  int64_t first, count;
+};
+
+static int64_t tiles_of(const fssa_attention_args &a, int64_t most, Tile *tiles) {
+  int64_t count = 0;
+  for (int64_t n = 0; n < a.tokens; n++) {
+    Tile *last = count ? tiles + count - 1 : nullptr;
+    if (last && last->count < most && a.sequences[n] == a.sequences[n - 1] && a.positions[n] == a.positions[n - 1] + 1) {
+      last->count++;
+    } else {
+      tiles[count++] = {n, 1};
+    }
+  }
+  return count;
+}
+
+// One tile's attention with one head of keys and values; queries [tokens][heads][width] as they are multiplied.
+template <class T, class X>
+void attend(const Cache<T> &cache, const Tile &tile, int64_t head, const X *queries) {
+  constexpr int64_t PAIR = Together<T>::value;
+  const fssa_attention_args &a = cache.a;
+  const int64_t width = a.head_width, group = a.heads / a.kv_heads, rows = tile.count * group;
+  const int64_t start = a.positions[tile.first], end = start + tile.count;  // every token sees up to and with itself
+  const int64_t first = (a.window ? greater(0, start + 1 - a.window) : 0) / PANEL, last = (end - 1) / PANEL;
+  const int64_t span = (last - first + 1) * PANEL, sums_width = (width + PANEL - 1) / PANEL * PANEL;
+  Scratch scratch;
+  float *part = scratch.floats(rows * PANEL);
+  // Of every row the scores, then the weights, from the first block's first position on.
+  float *scores = scratch.floats(rows * span);
+  X *weights = sizeof(X) == sizeof(float) ? reinterpret_cast<X *>(scores)
+                                          : reinterpret_cast<X *>(scratch.floats(rows * span));
+  for (int64_t block = first; block <= last; block++) {
+    const T *keys = cache.keys(tile.first, block, head);
+    for (int64_t d = 0; d < width; d += PANEL_DEPTH) {
+      const auto query = [&](int64_t i) {
+        return queries + ((tile.first + i / group) * a.heads + head * group + i % group) * width + d;
+      };
+      panel_part(query, rows, keys + d * PANEL, PANEL * PAIR, lesser(PANEL_DEPTH, width - d), part, d > 0);
+    }
+    for (int64_t i = 0; i < rows; i++) {
+      memcpy(scores + i * span + (block - first) * PANEL, part + i * PANEL, PANEL * sizeof(float));
+    }
+  }
+  for (int64_t i = 0; i < rows; i++) {
+    const int64_t own_end = start + i / group + 1, own_begin = a.window ? greater(0, own_end - a.window) : 0;
+    const int64_t skipped = own_begin - first * PANEL, count = own_end - own_begin;
+    float *row = scores + i * span;
+    if (a.softcap > 0) {
+      for (int64_t j = skipped; j < skipped + count; j++) row[j] = a.softcap * tanhf(row[j] / a.softcap);
+    }
+    softmax(row + skipped, count);
+    memset(row, 0, skipped * sizeof(float));
+    memset(row + skipped + count, 0, (span - skipped - count) * sizeof(float));
+    if constexpr (sizeof(X) != sizeof(float)) {
+      for (int64_t j = 0; j < span; j += WIDTH) store(weights + i * span + j, load(static_cast<const float *>(row) + j));
+    }
+  }
+  float *sums = scratch.floats(rows * sums_width);  // in panels of columns: [sums_width / PANEL][rows][PANEL]
+  for (int64_t block = first; block <= last; block++) {
+    const T *values = cache.values(tile.first, block, head);
+    const int64_t depth = lesser(PANEL, end - block * PANEL);
+    const auto weight = [&](int64_t i) { return static_cast<const X *>(weights + i * span + (block - first) * PANEL); };
+    for (int64_t d = 0; d < width; d += PANEL) {
+      panel_part(weight, rows, values + d * PAIR, width * PAIR, depth, sums + d * rows, block > first);
+    }
+  }
+  for (int64_t i = 0; i < rows; i++) {
+    T *out = static_cast<T *>(a.out.data) + (tile.first + i / group) * a.out.stride + (head * group + i % group) * width;
+    for (int64_t d = 0; d < width; d += WIDTH) {
+      const float *from = sums + d / PANEL * PANEL * rows + i * PANEL + d % PANEL;
+      store_up_to(out + d, load(from), width - d);
+    }
+  }
+}
 
 template <class T>
 void attention_of(const fssa_attention_args &a) {
+  using X = typename Multiplied<T>::type;
   const Cache<T> cache(a);
-  const int64_t width = a.head_width, group = a.heads / a.kv_heads;
+  const int64_t width = a.head_width;
   const Rows<T> q = rows_of(T{}, a.q), k = rows_of(T{}, a.k), v = rows_of(T{}, a.v);
   Scratch scratch;
-  float *queries = scratch.floats(a.tokens * a.heads * width);
+  X *queries = reinterpret_cast<X *>(scratch.floats(a.tokens * a.heads * width));
   parallel(a.tokens * (a.heads + 2 * a.kv_heads) * width < (1 << 15) ? 1 : a.threads, a.tokens, [&](int64_t n) {
     Scratch inner;
-    float *row = inner.floats(width), *rounded = inner.floats(width);
-    const int64_t position = a.positions[n], block = position / PANEL, within = position % PANEL;
-    for (int64_t head = 0; head < a.heads; head++) {
-      prepare(a, q(n) + head * width, a.q_norm, position, a.scale, queries + (n * a.heads + head) * width);
-    }
-    for (int64_t head = 0; head < a.kv_heads; head++) {
-      prepare(a, k(n) + head * width, a.k_norm, position, 1.0f, row);
-      T *keys = cache.keys(n, block, head) + within, *values = cache.values(n, block, head) + within * width;
-      T *key = reinterpret_cast<T *>(rounded);
+    float *row = inner.floats(width);
+    const auto turned = [&](const T *from, const void *norm, float scale, auto *to) {
+      prepare(a, from, norm, a.positions[n], scale, row);
       for (int64_t d = 0; d < width; d += WIDTH) {
-        store_up_to(key + d, load_up_to(static_cast<const float *>(row) + d, width - d), width - d);
+        store_up_to(to + d, load_up_to(static_cast<const float *>(row) + d, width - d), width - d);
       }
-      for (int64_t d = 0; d < width; d++) keys[d * PANEL] = key[d];
-      memcpy(values, v(n) + head * width, width * sizeof(T));
+    };
+    for (int64_t head = 0; head < a.heads; head++) {
+      turned(q(n) + head * width, a.q_norm, a.scale, queries + (n * a.heads + head) * width);
+    }
+    T *key = reinterpret_cast<T *>(inner.floats(width));
+    for (int64_t head = 0; head < a.kv_heads; head++) {
+      turned(k(n) + head * width, a.k_norm, 1.0f, key);
+      cache.write(n, a.positions[n], head, key, v(n) + head * width);
     }
   });
-  parallel(a.threads, a.tokens * a.kv_heads, [&](int64_t task) {
-    const int64_t n = task / a.kv_heads, head = task % a.kv_heads;
-    const int64_t end = a.positions[n] + 1, begin = a.window ? greater(0, end - a.window) : 0;
-    const int64_t first = begin / PANEL, last = (end - 1) / PANEL, span = (last - first + 1) * PANEL;
-    Scratch inner;
-    // Of every query the scores, from the first block's first position on.
-    float *scores = inner.floats(group * span);
-    const float *own = queries + (n * a.heads + head * group) * width;
-    for (int64_t from = 0; from < group; from += PANEL_ROWS) {
-      const int64_t rows = lesser(PANEL_ROWS, group - from);
-      float tile[PANEL_ROWS * PANEL];
-      const float *points[PANEL_ROWS];
-      for (int64_t block = first; block <= last; block++) {
-        for (int64_t i = 0; i < rows; i++) points[i] = own + (from + i) * width;
-        panel_rows(rows, points, static_cast<const T *>(cache.keys(n, block, head)), PANEL, width, tile, false);
-        for (int64_t i = 0; i < rows; i++) {
-          memcpy(scores + (from + i) * span + (block - first) * PANEL, tile + i * PANEL, PANEL * sizeof(float));
-        }
-      }
-    }
-    const int64_t skipped = begin - first * PANEL, count = end - begin;
-    for (int64_t g = 0; g < group; g++) {
-      float *row = scores + g * span;
-      if (a.softcap > 0) {
-        for (int64_t j = skipped; j < skipped + count; j++) row[j] = a.softcap * tanhf(row[j] / a.softcap);
-      }
-      softmax(row + skipped, count);
-    }
-    T *out = static_cast<T *>(a.out.data) + n * a.out.stride + head * group * width;
-    for (int64_t d = 0; d < width; d += PANEL) {
-      const int64_t columns = lesser(PANEL, width - d);
-      for (int64_t from = 0; from < group; from += PANEL_ROWS) {
-        const int64_t rows = lesser(PANEL_ROWS, group - from);
-        float tile[PANEL_ROWS * PANEL];
-        const float *points[PANEL_ROWS];
-        for (int64_t block = first; block <= last; block++) {
-          const int64_t low = block == first ? skipped : 0;
-          const int64_t high = lesser(PANEL, end - block * PANEL);
-          for (int64_t i = 0; i < rows; i++) points[i] = scores + (from + i) * span + (block - first) * PANEL + low;
-          panel_rows(rows, points, static_cast<const T *>(cache.values(n, block, head)) + low * width + d, width,
-                     high - low, tile, block > first);
-        }
-        for (int64_t i = 0; i < rows; i++) {
-          for (int64_t j = 0; j < columns; j += WIDTH) {
-            store_up_to(out + (from + i) * width + d + j, load(static_cast<const float *>(tile) + i * PANEL + j),
-                        columns - j);
-          }
-        }
-      }
-    }
+  Tile *tiles = reinterpret_cast<Tile *>(scratch.integers(2 * a.tokens));
+  const int64_t count = tiles_of(a, greater(1, TILE_ROWS / (a.heads / a.kv_heads)), tiles);
+  parallel(a.threads, count * a.kv_heads, [&](int64_t task) {
+    attend(cache, tiles[task / a.kv_heads], task % a.kv_heads, static_cast<const X *>(queries));
   });
 }
 

@@ -12,10 +12,9 @@ namespace {
 template <class T>
 void linear_of(const fssa_linear_args &a) {
   Scratch scratch;
-  int64_t stride;
-  const float *x = as_floats(scratch, rows_of(T{}, a.x), a.rows, a.width, &stride);
+  const auto x = multiplied(scratch, a.threads, rows_of(T{}, a.x), a.rows, a.width);
   const T *bias = static_cast<const T *>(a.bias);
-  panels(a.threads, x, stride, a.rows, static_cast<const T *>(a.weight), a.outputs, a.width,
+  panels(a.threads, x, a.rows, static_cast<const T *>(a.weight), a.outputs, a.width,
          [&](int64_t m, int64_t n, const float *values, int64_t count) {
            T *y = static_cast<T *>(a.y.data) + m * a.y.stride + n;
            for (int64_t j = 0; j < count; j += WIDTH) {
@@ -32,7 +31,8 @@ void adapt_of(const fssa_adapt_args &a) {
     const fssa_adapt_part &part = a.parts[i];
     const Rows<T> raw = rows_of(T{}, part.hidden), gamma = rows_of(T{}, part.gamma), beta = rows_of(T{}, part.beta);
     Scratch scratch;
-    float *hidden = scratch.floats(a.rows * part.rank);
+    using X = typename Multiplied<T>::type;
+    X *hidden = reinterpret_cast<X *>(scratch.floats(a.rows * part.rank));
     for (int64_t n = 0; n < a.rows; n++) {
       const int64_t slot = slot_of(n);
       for (int64_t r = 0; r < part.rank; r += WIDTH) {
@@ -42,7 +42,7 @@ void adapt_of(const fssa_adapt_args &a) {
         store_up_to(hidden + n * part.rank + r, fma(load_up_to(raw(n) + r, count), scale, shift), count);
       }
     }
-    panels(a.threads, hidden, part.rank, a.rows, static_cast<const T *>(part.b), part.width, part.rank,
+    panels(a.threads, Rows<X>{hidden, part.rank}, a.rows, static_cast<const T *>(part.b), part.width, part.rank,
            [&](int64_t m, int64_t n, const float *values, int64_t count) {
              T *y = static_cast<T *>(part.y.data) + m * part.y.stride + n;
              for (int64_t j = 0; j < count; j += WIDTH) {

@@ -35,8 +35,8 @@ class BlockCache:
         size = kv_heads * head_width * block
 
         def new() -> Tensor:
-            # The native steps read up to 31 elements past the last block's end.
-            return torch.zeros(layers, self.blocks * size + block, dtype=dtype, device=device)
+            # The native steps read up to 62 elements past the last block's end.
+            return torch.zeros(layers, self.blocks * size + 2 * block, dtype=dtype, device=device)
 
         self._keys, self._values = new(), new()
         self._shape = self.blocks, kv_heads, head_width

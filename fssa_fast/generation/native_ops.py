@@ -33,11 +33,14 @@ class NativeOps:
         self._core = core
 
     def pack(self, weight: Tensor) -> Packed:
+        # In panels; of bfloat16 with two elements of a row side by side: csrc/cpu/panels.h says why.
         outputs, width = weight.shape
-        count = -(-outputs // PANEL)
-        data = weight.new_zeros(count * PANEL, width)
-        data[:outputs] = weight.detach()
-        return Packed(data.view(count, PANEL, width).transpose(1, 2).contiguous(), outputs, width)
+        together = 2 if weight.dtype == torch.bfloat16 else 1
+        panels, steps = -(-outputs // PANEL), -(-width // together)
+        data = weight.new_zeros(panels * PANEL, steps * together)
+        data[:outputs, :width] = weight.detach()
+        data = data.view(panels, PANEL, steps, together).transpose(1, 2).contiguous()
+        return Packed(data, outputs, width)
 
     def linear(self, x: Tensor, weight: Packed, bias: Tensor | None, y: Tensor) -> Step:
         args = (

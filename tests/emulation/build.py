@@ -37,7 +37,7 @@ def missing() -> str | None:
     return None if tried.returncode == 0 else f"g++ has no sanitizers: {tried.stderr.strip()}"
 
 
-def _run(*command: str | Path) -> None:
+def run(*command: str | Path) -> None:
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stderr}")
@@ -51,7 +51,7 @@ def _object(source: Path, folder: Path, cuda: Path, options: list[str]) -> Path:
     to = folder / f"{source.stem}-{key}.o"
     if not to.exists():
         part = to.with_suffix(f".{os.getpid()}")
-        _run("g++", *FLAGS, *options, f"-I{HERE}", f"-I{ROOT / 'csrc'}", "-x", "c++", "-c", source, "-o", part)
+        run("g++", *FLAGS, *options, f"-I{HERE}", f"-I{ROOT / 'csrc'}", "-x", "c++", "-c", source, "-o", part)
         part.rename(to)
     return to
 
@@ -95,7 +95,7 @@ def build(
         module = CACHE / f"_cuda-{key}.so"
         if not module.exists():
             part = module.with_suffix(f".{os.getpid()}")
-            _run("g++", *(SANITIZERS if sanitized else ()), "-shared", *objects, "-o", part)
+            run("g++", *(SANITIZERS if sanitized else ()), "-shared", *objects, "-o", part)
             part.rename(module)
     return module
 

@@ -1,0 +1,93 @@
+"""Builds the native core with its avx512_bf16 set in terms of avx512.h, and puts it in the
+place of fssa_fast._C: `pytest -p emulation.cpu` with FSSA_MODELLED naming the module.
+
+Besides that set it has the scalar one. Of the ops those of decoding are modelled; the others are the scalar set's.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib.util
+import os
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from emulation.build import CACHE, HERE, ROOT, SANITIZERS, run
+
+SOURCES = ROOT / "csrc"
+OPS = ("attention", "context", "film", "linear", "lora")
+MODELLED = ("attention", "film", "linear")
+FLAGS = [
+    "-std=c++17", "-g1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno",
+    "-Wno-psabi", f"-I{SOURCES}",
+]  # fmt: skip
+# dispatch.cpp asks the processor for the rest of AVX-512 first.
+DISPATCH = ["-DFSSA_AVX512_BF16", "-Dhas_avx512()=true", "-D__builtin_cpu_supports(name)=true"]
+OTHERS = "".join(
+    f"void {name}(const fssa_{name}_args &a) {{ scalar::{name}(a); }}\n"
+    for name in ("lora", "lora_backward", "context", "context_rows", "context_backward")
+)
+STAND_INS = f"""#include "cpu/ops.h"
+FSSA_DECLARE_OPS(scalar)
+FSSA_DECLARE_OPS(avx512_bf16)
+namespace fssa {{ namespace avx512_bf16 {{
+{OTHERS}}} }}
+"""
+
+
+def build(sanitized: bool) -> Path:
+    """The path of the module; one that is not sanitized is made sooner and needs no environment of its own."""
+    import pybind11
+
+    checked = ["-O1", *SANITIZERS] if sanitized else ["-O0"]
+    python = ["-O0", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+    scalar = ["-DFSSA_ISA=scalar", *checked]
+    model = [
+        "-DFSSA_ISA=avx512_bf16", "-mavx2", "-mfma", "-mf16c", "-include", str(HERE / "avx512.h"), *checked,
+    ]  # fmt: skip
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with open(CACHE / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one builds, others find what it built
+        stand_ins = CACHE / "stand_ins.cpp"
+        stand_ins.write_text(STAND_INS)
+        jobs = [
+            *((SOURCES / "cpu" / f"{name}.cpp", model) for name in MODELLED),
+            *((SOURCES / "cpu" / f"{name}.cpp", scalar) for name in OPS),
+            (stand_ins, checked),
+            (SOURCES / "cpu" / "dispatch.cpp", [*DISPATCH, *checked]),
+            (SOURCES / "cpu" / "parallel.cpp", checked),
+            (SOURCES / "status.cpp", checked),
+            (SOURCES / "bindings.cpp", python),
+        ]
+        with ThreadPoolExecutor(2) as pool:
+            objects = list(pool.map(lambda job: _object(*job), jobs))
+        key = hashlib.sha256(" ".join(map(str, objects)).encode()).hexdigest()[:16]
+        module = CACHE / f"_C-{key}.so"
+        if not module.exists():
+            part = module.with_suffix(f".{os.getpid()}")
+            run("g++", *checked, "-shared", *objects, "-ldl", "-lpthread", "-o", part)
+            part.rename(module)
+    return module
+
+
+def _object(source: Path, options: list[str]) -> Path:
+    """The source compiled; made once for the same text of all that it may include, and the same options."""
+    headers = [*SOURCES.glob("*.h"), *(SOURCES / "cpu").glob("*.h"), HERE / "avx512.h"]
+    texts = [path.read_bytes() for path in (source, *sorted(headers))]
+    key = hashlib.sha256(b"\0".join([*texts, " ".join([*FLAGS, *options]).encode()])).hexdigest()[:16]
+    to = CACHE / f"{source.stem}-{key}.o"
+    if not to.exists():
+        part = to.with_suffix(f".{os.getpid()}")
+        run("g++", *FLAGS, *options, "-c", source, "-o", part)
+        part.rename(to)
+    return to
+
+
+if "FSSA_MODELLED" in os.environ:
+    spec = importlib.util.spec_from_file_location("fssa_fast._C", os.environ["FSSA_MODELLED"])
+    assert spec is not None and spec.loader is not None
+    sys.modules["fssa_fast._C"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules["fssa_fast._C"])
