@@ -230,7 +230,7 @@ def test_a_configuration_is_read(tmp_path: Path) -> None:
         (REWARD, ["data.path.x=1"], "--set data.path.x=1: 'path' has no keys"),
         (REWARD, ["seed"], "--set: expected key=value, got 'seed'"),
         (REWARD, ["training.output_dir=x"], "training.output_dir: unknown key"),
-        ("data: [", [], "reward.yaml: not YAML"),
+        ("data: [", [], "reward.yaml: not plain YAML"),
         ("- 1", [], "reward.yaml: expected keys and values, got list"),
         ("output: x", [], "reward.yaml: .*data"),
     ],

@@ -143,7 +143,7 @@ def check_training(settings: dict[str, Any], cls: type[TrainingArguments], where
             try:
                 value = float(value)  # YAML 1.1 reads 3e-4 as a text
             except (ValueError, OverflowError) as error:
-                raise ConfigError(f"{where}.{name}: expected a number, got {str(value)[:80]}") from error
+                raise ConfigError(f"{where}.{name}: expected a number, got {str(value)[:80]!r}") from error
         if kind in (bool, int, float, str) and type(value) is not kind:
             raise ConfigError(f"{where}.{name}: expected {kind.__name__}, got {value!r}")
         if isinstance(value, float) and not math.isfinite(value):

@@ -76,7 +76,7 @@ class PreferenceData(Dataset[dict[str, Any]]):
             more = f" and {len(alike) - 8} more" if len(alike) > 8 else ""
             raise ValueError(
                 "users: expected choices of two groups or more for each, got one or none for "
-                f"{', '.join(alike[:8])}{more}"
+                f"{', '.join(map(repr, alike[:8]))}{more}"
             )
         if max_context < 0 or targets < 1:
             raise ValueError(f"max_context, targets: expected >= 0 and >= 1, got {max_context} and {targets}")
