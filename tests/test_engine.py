@@ -403,3 +403,15 @@ def test_nothing_of_the_engine_is_left():
     gc.collect()
     policy.unfuse()
     assert policy.fused is None and time.monotonic() - began < 30
+
+
+@native
+def test_two_engines_of_one_policy_do_not_write_each_others_buffers():
+    """Both have the same fused form, and each a thread of its own."""
+    policy = make()
+    requests = [{"prompt": prompt(i, 5 + i), "user": NAMES[i % 3], "max_new_tokens": 24} for i in range(12)]
+    wanted = [alone(policy, **request) for request in requests]
+    with open_engine(policy, background=True) as one, open_engine(policy, background=True) as other:
+        handles = [(engine.submit(**request), tokens) for request, tokens in zip(requests, wanted, strict=True)
+                   for engine in (one, other)]  # fmt: skip
+        assert all(handle.result(60).tokens == tokens for handle, tokens in handles)

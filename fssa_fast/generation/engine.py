@@ -29,6 +29,7 @@ from numbers import Integral, Real
 from typing import Any, Unpack
 
 import torch
+from torch import Tensor
 
 from fssa_fast.arguments import check_count
 from fssa_fast.generation.fused import FusedModel
@@ -307,7 +308,8 @@ class Engine:
             thread.join()
         with self._stepping:
             self._end_all(lambda request: self._finish(request, "cancelled"))
-            self._fused.forget(self._cache)
+            with self._fused.turn:
+                self._fused.forget(self._cache)
 
     def __enter__(self) -> Engine:
         return self
@@ -432,10 +434,21 @@ class Engine:
         """Computes the batch's tokens, and the next one of every request that has no more to compute."""
         if not len(batch.tokens[0]):
             return
-        logits = self._fused.forward(*batch.tokens, self._cache, batch.indices)
-        self._running.computed(batch)
-        if not len(batch.asked):
-            return
+        with self._fused.turn:  # other engines of this policy have the same buffers, and the logits are in them
+            logits = self._fused.forward(*batch.tokens, self._cache, batch.indices)
+            self._running.computed(batch)
+            tokens = self._draw(batch, logits) if len(batch.asked) else []
+        for row, token in zip(batch.asked.tolist(), tokens, strict=True):
+            request = self._running.requests[row]
+            if request is None:
+                continue
+            try:
+                self._advance(request, token)
+            except Exception as error:
+                self._fail(request, error)
+
+    def _draw(self, batch: Batch, logits: Tensor) -> list[int]:
+        """The next token of every row that is asked for one, and its logprobs."""
         requests, rows = self._running.requests, batch.asked
         for row in self._sampler.followed(rows):
             request = requests[row]
@@ -451,14 +464,7 @@ class Engine:
             request = requests[asked[index]]
             if request is not None and request.handle.logprobs is not None:
                 request.handle.logprobs.append(logprobs)
-        for row, token in zip(asked, tokens, strict=True):
-            request = requests[row]
-            if request is None:
-                continue
-            try:
-                self._advance(request, token)
-            except Exception as error:
-                self._fail(request, error)
+        return tokens
 
     def _advance(self, request: Request, token: int) -> None:
         if token < 0:

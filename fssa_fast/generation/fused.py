@@ -10,6 +10,7 @@ beside the fused one.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -82,7 +83,8 @@ class FusedModel:
     """The fused form of a policy's model, as its parameters are now: fuse again after training.
 
     Made by `SteerablePolicy.fuse`. Any device works: the CPU by native steps, a GPU by Triton's, replayed as CUDA
-    graphs where a step has at most 256 tokens. Not safe between threads.
+    graphs where a step has at most 256 tokens. All who use it share its buffers: several threads do so in turn, each
+    holding `turn` from before `forward` until the logits have been read, as engines do.
 
     Raises: CannotFuse for an architecture, a projection, a rope or a hook that it does not know; StaleFused for a bank
         of another dtype or device than the model's.
@@ -121,6 +123,7 @@ class FusedModel:
             self.head_bias = head.bias
         self.softcap = getattr(self.config, "final_logit_softcapping", None)
         self._workspace = _Workspace(self, 0)
+        self.turn = threading.RLock()
 
     @property
     def vocabulary(self) -> int:
