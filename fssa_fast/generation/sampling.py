@@ -1,7 +1,7 @@
 """How the next tokens of many rows are drawn from their logits, each row by knobs and a seed of its own.
 
 `draw` is the definition, in PyTorch, for every device: a fixed number of operations on tensors at fixed addresses, and
-nothing read by the host, so that a CUDA graph can hold it. On the CPU the native core does the same in two passes.
+nothing read by the host, so that a CUDA graph can hold it.
 
 A row's draw depends on its logits, its knobs, its seed and its position alone. Probabilities are held as integers,
 2^34 for the likeliest token, so that a sum is the same in whatever order it is taken; the random number of a position
