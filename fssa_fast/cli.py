@@ -9,7 +9,7 @@ import typer
 
 from fssa_fast.commands import chat, data, generate, train, users
 from fssa_fast.commands.ask import ask
-from fssa_fast.commands.evaluate import compare, evaluate
+from fssa_fast.commands.evaluate import compare, evaluate, gate
 from fssa_fast.commands.plot import plot
 from fssa_fast.commands.reproduce import reproduce
 from fssa_fast.commands.serve import key, serve
@@ -64,7 +64,7 @@ app.add_typer(users.app, name="users")
 app.add_typer(train.app, name="train")
 app.add_typer(data.app, name="data")
 app.command("eval")(evaluate)
-for command in (generate.generate, chat.chat, ask, compare, plot, reproduce, serve, key):
+for command in (generate.generate, chat.chat, ask, compare, gate, plot, reproduce, serve, key):
     app.command()(command)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from typer.testing import CliRunner
 from fssa_fast import SteerablePolicy, cli
 from fssa_fast.data.choices import ChoiceData, Example, held_out_examples
 from fssa_fast.data.files import Choice, choice_data, read_choices, write_choices
+from fssa_fast.evaluation.gate import judged, predicted
 from fssa_fast.evaluation.linear import HierarchicalLogit, UserLogits
 from fssa_fast.evaluation.questions import ask, expected_information
 from fssa_fast.nn import NPBTL, RewardModel
@@ -87,6 +89,61 @@ def test_two_rewards_are_compared(people: Path) -> None:
     assert rows["A - B"]["10"][1] > 0 and "A - B" in output
     same = run("compare", people / "np", people / "np", "--counts", "3")
     assert "| A - B | 0.0 [0.0, 0.0] |" in same
+
+
+def gate(*arguments: object) -> tuple[int, str]:
+    done = CliRunner().invoke(cli.app, ["gate", *map(str, arguments)])
+    assert done.exit_code in (0, 3), done.output
+    return done.exit_code, done.output
+
+
+def test_the_gate_lets_no_loss_through(people: Path) -> None:
+    """`btl` knows no user: after choices it loses against `np`. The way back is a gain, and an equal pair no loss."""
+    found = people / "gate.json"
+    code, output = gate(people / "np", people / "btl", "--counts", "3,10", "--json", found)
+    said = json.loads(found.read_text())
+    (difference,) = said["differences"]
+    assert code == 3 and said["lost"] and difference["high"] < 0 and difference["n"] == len(said["users"]) == 12
+    assert output.endswith("LOSS\n") and "over 12 users: a loss" in output and str(people / "choices.jsonl") in output
+    code, output = gate(people / "btl", people / "np", "--counts", "3,10")
+    assert code == 0 and "a gain" in output
+    code, output = gate(people / "np", people / "np")
+    assert code == 0 and "+0.0 [+0.0, +0.0] over 12 users" in output and output.endswith("no significant loss\n")
+
+
+def test_the_gate_measures_on_nobody_whom_either_run_knows(people: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(people / "np", other)
+    record = json.loads((other / "run.json").read_text())
+    test = record["users"]["test"]
+    record["users"]["training"] += test[:5]
+    (other / "run.json").write_text(json.dumps(record))
+    gate(people / "np", other, "--json", tmp_path / "gate.json")
+    assert json.loads((tmp_path / "gate.json").read_text())["users"] == test[5:]
+    record["users"]["validation"] += test[5:]
+    (other / "run.json").write_text(json.dumps(record))
+    for change, message in ((None, "at least two users whom neither run"), ("sha256", "trained on different ones")):
+        if change:
+            record["data"][change] = "0" * 64
+            (other / "run.json").write_text(json.dumps(record))
+        done = CliRunner().invoke(cli.app, ["gate", str(people / "np"), str(other)])
+        assert done.exit_code == 1 and message in str(done.exception)
+
+
+def test_the_gates_verdict_by_hand() -> None:
+    rng = np.random.default_rng(0)
+    old = {count: rng.random(200) for count in (1, 5)}
+    worse = {count: old[count] - 0.02 + 0.1 * rng.standard_normal(200) for count in old}  # 0.005 is its deviation
+    found = predicted(old, worse)
+    assert found.lost and found.n == 200 and found.mean == pytest.approx(-0.02, abs=0.01)
+    # Where nothing differs but by chance, one test of forty says loss.
+    alarms = [predicted({1: rng.random(50)}, {1: rng.random(50)}).lost for _ in range(400)]
+    assert sum(alarms) < 22  # 10 expected; more than 21 in one case of two thousand
+    with pytest.raises(ValueError, match="new: expected shares for the users"):
+        predicted(old, {1: old[1]})
+    with pytest.raises(ValueError, match="at least two"):
+        predicted({1: np.ones(1)}, {1: np.ones(1)})
+    assert judged(np.array([0.0, 0.5, 0.0, 0.0])).lost and not judged(np.full(4, 0.5)).lost
 
 
 def test_plots_are_drawn(people: Path, tmp_path: Path) -> None:
@@ -268,6 +325,9 @@ def test_a_policy_is_trained_measured_and_compared(models: Path) -> None:
         assert f"| {name} |" in output
     same = run("compare", policy, policy, "--counts", "3", "--prompts", 4, "--max-new-tokens", 6)
     assert same.count("0.000 [0.000, 0.000] |") >= 4
+    code, output = gate(policy, policy, "--counts", "0,3", "--prompts", 4, "--max-new-tokens", 6, "--judge",
+                        models / "judge")  # fmt: skip
+    assert code == 0 and "texts that win, beyond one half, %: +0.0 [+0.0, +0.0] over 2 users" in output
     # The reward's encoder can be taken over, and then stays as it is but for the size of its latents.
     run("train", "policy", config, "--set", "reward=judge", "--set", "output=second", "--set", "training.max_steps=2")
     opposed = ("examples.opposed=true", "examples.min_context=2", "modulation_mean=0.0", "training.max_steps=2")

@@ -1,4 +1,4 @@
-"""`fssa eval` and `fssa compare`: a run on held-out users, and two runs on the same ones."""
+"""`fssa eval`, `fssa compare`, `fssa gate`: a run on held-out users, two runs on the same ones, and a verdict."""
 
 from __future__ import annotations
 
@@ -171,3 +171,78 @@ def compare(
         typer.echo(table.markdown() + "\n")
     if json is not None:
         write_json(json, {"a": str(a), "b": b, "tables": [t.json() for t in tables], "environment": environment()})
+
+
+LOST = 3  # the exit status of a loss: a comparison that could not be made is 1
+
+
+def _known(record: dict[str, Any]) -> set[str]:
+    """The users by whom a run's weights were made or chosen."""
+    data, users = record.get("data", {}), record.get("users", {})
+    parts = [data.get("training users", ()), data.get("validation users", ())]
+    return {name for part in (*parts, users.get("training", ()), users.get("validation", ())) for name in part}
+
+
+def _unknown_to_both(old: dict[str, Any], new: dict[str, Any], data: Path | None) -> Setup:
+    """The users of a file, or of OLD's test, whom neither run knows."""
+    from fssa_fast.data.files import read_choices
+    from fssa_fast.records import file_hash
+
+    setup = _setup(old, data)
+    if data is None and new.get("data", {}).get("sha256") != file_hash(setup.path):
+        raise ValueError("--data: expected a file, since the two runs were trained on different ones; got none")
+    known = _known(old) | _known(new)
+    names = setup.users or list(dict.fromkeys(choice.user for choice in read_choices(setup.path)))
+    users = [name for name in names if name not in known]
+    if len(users) < 2:
+        raise ValueError(f"{setup.path}: expected at least two users whom neither run was trained on, got {len(users)}")
+    return Setup(setup.path, setup.config, users)
+
+
+def gate(
+    old: Annotated[Path, typer.Argument(help="The run that serves.")],
+    new: Annotated[Path, typer.Argument(help="The run that shall serve.")],
+    data: DataFile = None,
+    counts: Counts = "0,1,3,5,10",
+    judge: Annotated[Path | None, typer.Option(help="Compare texts too: a held-out reward run names the better.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of the texts compared.")] = 96,
+    prompts: Annotated[int, typer.Option(min=1, help="How many of the held-out prompts to answer.")] = 32,
+    json: JsonFile = None,
+) -> None:  # fmt: skip
+    """Exit with 3 where NEW is significantly worse than OLD on users whom neither was trained on; else with 0."""
+    from dataclasses import asdict
+
+    from fssa_fast.evaluation.gate import judged, predicted
+    from fssa_fast.records import environment, write_json
+    from fssa_fast.training.runs import read_run
+
+    records, wanted = (read_run(old), read_run(new)), _counts(counts)
+    if records[0]["what"] != records[1]["what"]:
+        raise ValueError(f"{new}: expected a {records[0]['what']} run, as {old} is one, got a {records[1]['what']} run")
+    setup = _unknown_to_both(*records, data)
+    if records[0]["what"] == "reward":
+        if judge is not None:
+            raise ValueError("--judge: expected none, since these are reward models")
+        scores = [_reward_scores(run, setup, wanted) for run in (old, new)]
+        shares = [{count: found[count].accuracies for count in wanted} for found in scores]
+    else:
+        shares = [_policy_shares(run, setup, wanted) for run in (old, new)]
+    found = [predicted(*shares)]
+    if judge is not None:
+        from fssa_fast.evaluation.compare import answer_both
+        from fssa_fast.nn import RewardModel
+
+        both = answer_both(new, old, setup.path, setup.users, count=max(wanted), prompts=prompts,
+                           max_new_tokens=max_new_tokens)  # fmt: skip
+        found.append(judged(both.wins(RewardModel.from_pretrained(judge))))
+    lost = any(one.lost for one in found)
+    typer.echo(f"{new} minus {old}, on {setup.path}, after {counts} choices; 95 % intervals")
+    for one in found:
+        typer.echo(one.text())
+    typer.echo("LOSS" if lost else "no significant loss")
+    if json is not None:
+        verdict = {"old": str(old), "new": str(new), "data": str(setup.path), "users": setup.users, "counts": wanted}
+        rows = [asdict(one) | {"lost": one.lost} for one in found]
+        write_json(json, verdict | {"differences": rows, "lost": lost, "environment": environment()})
+    if lost:
+        raise typer.Exit(LOST)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,24 +20,37 @@ from fssa_fast.training.scores import Floats, interval
 from fssa_fast.users import Choice, TextEmbedder
 
 
-def compare_policies(
+@dataclass(frozen=True)
+class Answered:
+    """What two policies answered to the same held-out prompts: for whom, and the embedder of the first."""
+
+    asked: list[tuple[HeldOut, Any]]
+    ours: list[Written]
+    theirs: list[Written]
+    count: int
+    embedder: TextEmbedder
+
+    def by_user(self, values: Floats) -> Floats:
+        """The mean of each user's: prompts of one user, who has one row, are not independent of each other."""
+        _, where = np.unique([example.user for example, _ in self.asked], return_inverse=True)
+        return np.bincount(where, values) / np.bincount(where)
+
+    def wins(self, judge: RewardModel) -> Floats:
+        """Of each user, how often the first one's text is the better under a judge; a tie is half a win."""
+        return self.by_user(_wins(judge, self.embedder, self.asked, self.ours, self.theirs, self.count))
+
+
+def answer_both(
     a: str | os.PathLike[str],
     b: str | os.PathLike[str] | None,
     data: str | os.PathLike[str],
     users: Sequence[str] | None,
     *,
-    judge: str | os.PathLike[str] | None = None,
     count: int = 10,
     prompts: int = 32,
     max_new_tokens: int = 96,
-) -> list[Table]:
-    """Both answer held-out prompts for users who made `count` choices; tables of A, B and A - B.
-
-    Args:
-        a, b: policies; b None is the base model of a. data: a file of choices. users: which of them; None: all.
-        judge: a reward model, better one that neither was trained with; it is told the same choices, and embeds texts
-            as a's embedder does. Without one, there are no win rates.
-    """
+) -> Answered:
+    """Both answer held-out prompts for users who made `count` choices; arguments as of `compare_policies`."""
     policy = SteerablePolicy.from_pretrained(a)
     assert policy.embedder is not None
     by_user: dict[str, list[Any]] = {}
@@ -59,16 +73,39 @@ def compare_policies(
         policy.detach()
         policy = SteerablePolicy.from_pretrained(b, policy.model)
         theirs = _answers(policy, asked, count, max_new_tokens)
-    table = Table(f"Texts for {len(asked)} held-out prompts, after {count} choices", ["A", "B", "A - B"], scale=1.0,
-                  first="measure", digits=3)  # fmt: skip
+    return Answered(asked, ours, theirs, count, embedder)
+
+
+def compare_policies(
+    a: str | os.PathLike[str],
+    b: str | os.PathLike[str] | None,
+    data: str | os.PathLike[str],
+    users: Sequence[str] | None,
+    *,
+    judge: str | os.PathLike[str] | None = None,
+    count: int = 10,
+    prompts: int = 32,
+    max_new_tokens: int = 96,
+) -> list[Table]:
+    """Both answer held-out prompts for users who made `count` choices; tables of A, B and A - B, intervals by users.
+
+    Args:
+        a, b: policies; b None is the base model of a. data: a file of choices. users: which of them; None: all.
+        judge: a reward model, better one that neither was trained with; it is told the same choices, and embeds texts
+            as a's embedder does. Without one, there are no win rates.
+    """
+    both = answer_both(a, b, data, users, count=count, prompts=prompts, max_new_tokens=max_new_tokens)
+    title = f"Texts for {len(both.asked)} held-out prompts, after {count} choices"
+    table = Table(title, ["A", "B", "A - B"], scale=1.0, first="measure", digits=3)
     for name in MEASURES:
-        left, right = (np.array([float(getattr(text, name)) for text in texts]) for texts in (ours, theirs))
+        left, right = (
+            both.by_user(np.array([float(getattr(text, name)) for text in texts])) for texts in (both.ours, both.theirs)
+        )
         table.rows[name] = [Cell(*interval([values])) for values in (left, right, left - right)]
     if judge is None:
         return [table]
-    wins = _wins(RewardModel.from_pretrained(judge), embedder, asked, ours, theirs, count)
     won = Table("Win rate of A under the judge, %; a tie is half a win", ["A wins"], first="")
-    won.rows["judged"] = [Cell(*interval([wins]))]
+    won.rows["judged"] = [Cell(*interval([both.wins(RewardModel.from_pretrained(judge))]))]
     return [table, won]
 
 
