@@ -204,7 +204,7 @@ def gate(
     new: Annotated[Path, typer.Argument(help="The run that shall serve.")],
     data: DataFile = None,
     counts: Counts = "0,1,3,5,10",
-    judge: Annotated[Path | None, typer.Option(help="Compare texts too: a held-out reward run names the better.")] = None,
+    judge: Annotated[Path | None, typer.Option(help="Texts too: a held-out reward run names the better.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of the texts compared.")] = 96,
     prompts: Annotated[int, typer.Option(min=1, help="How many of the held-out prompts to answer.")] = 32,
     json: JsonFile = None,
