@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import make_choices, make_ids, make_model, make_policy
+from torch import nn
 
 from fssa_fast import BASE, PRIOR, SteerablePolicy
 from fssa_fast.generation import StaleFused
@@ -59,6 +61,32 @@ def test_a_conversion_while_rows_are_read_is_refused_before_anything_changes() -
     with policy.steer(["alice"]), pytest.raises(RuntimeError, match="bank: expected no generation under way"):
         policy.bfloat16()
     assert {parameter.dtype for parameter in policy.parameters()} == {policy.bank.rows.dtype} == {torch.float32}
+
+
+def test_a_reader_that_comes_during_a_conversion_waits_for_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the model would be converted beside a bank that no longer may be."""
+    policy, converted = with_users(), threading.Event()
+    read: list[torch.dtype] = []
+
+    def reader() -> None:
+        with policy.steer(["alice"]):
+            read.append(policy.bank.rows.dtype)
+            converted.wait(30)
+
+    def convert(*args: Any, **options: Any) -> Any:
+        model = nn.Module._apply(policy.model, *args, **options)
+        came.start()
+        came.join(0.3)  # by then it reads, or waits
+        return model
+
+    came = threading.Thread(target=reader)
+    monkeypatch.setattr(policy.model, "_apply", convert)
+    try:
+        policy.bfloat16()
+    finally:
+        converted.set()
+        came.join()
+    assert {parameter.dtype for parameter in policy.parameters()} == {policy.bank.rows.dtype, *read} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("step", ["submit", "step", "forward"])

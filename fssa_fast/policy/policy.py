@@ -275,9 +275,9 @@ class SteerablePolicy(nn.Module):
 
     def _apply(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         # What `to`, `float`, `cuda` and the like call: the bank goes with the model; the fused form was another one's.
-        self.bank.check_unread()
-        super()._apply(fn, *args, **kwargs)
-        self._follow_model()
+        with self.bank.unread():  # nobody meets the model converted and the bank not yet
+            super()._apply(fn, *args, **kwargs)
+            self._follow_model()
         return self
 
     def _follow_model(self) -> None:

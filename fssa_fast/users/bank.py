@@ -41,7 +41,7 @@ class Bank:
         self._free = list(range(capacity + RESERVED - 1, RESERVED - 1, -1))
         self._pins: dict[int, int] = {}
         self._released: set[int] = set()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a conversion of the model holds it around the bank's own
         self.prior = PRIOR_SLOT  # where the empty context's row is: it moves when it changes while somebody reads it
         self.evict: Callable[[], bool] | None = None  # releases a slot that is not needed now; False: there is none
 
@@ -60,18 +60,23 @@ class Bank:
         """The columns that hold the plain adapters' strengths: a view [S, P]."""
         return self.rows[:, self.modulated :]
 
-    def check_unread(self) -> None:
-        """Raises RuntimeError while a generation reads rows: they must stay where and what they are."""
-        if self._pins:
-            raise RuntimeError(
-                "bank: expected no generation under way while its rows are moved to another dtype or device, got "
-                f"{len(self._pins)} rows that are being read"
-            )
+    @contextmanager
+    def unread(self) -> Iterator[None]:
+        """A block in which no generation reads rows: what would begin waits for its end.
+
+        Raises RuntimeError where one is under way: its rows must stay where and what they are.
+        """
+        with self._lock:
+            if self._pins:
+                raise RuntimeError(
+                    "bank: expected no generation under way while its rows are moved to another dtype or device, got "
+                    f"{len(self._pins)} rows that are being read"
+                )
+            yield
 
     def convert(self, dtype: torch.dtype, device: torch.device) -> None:
         """Moves the rows to another dtype or device. Raises RuntimeError while a generation reads them."""
-        with self._lock:
-            self.check_unread()
+        with self.unread():
             self.rows = self.rows.to(device=device, dtype=dtype)
 
     @contextmanager
