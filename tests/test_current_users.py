@@ -6,6 +6,7 @@ import asyncio
 import contextvars
 import itertools
 import random
+import sys
 import threading
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -162,6 +163,46 @@ def test_threads_have_users_of_their_own(policy: SteerablePolicy, alone: dict[st
         assert torch.equal(pool.submit(answer, policy).result(), alone[BASE])
         in_context = contextvars.copy_context()
         assert torch.equal(pool.submit(in_context.run, answer, policy).result(), alone["alice"])
+
+
+def test_a_thread_started_in_a_generators_block_raises(policy: SteerablePolicy, alone: dict[str, Tensor]) -> None:
+    """Whether the generator waits for the thread, or is suspended meanwhile, cannot be known."""
+
+    def in_another_thread() -> Tensor:
+        return ThreadPoolExecutor(1).submit(contextvars.copy_context().run, answer, policy).result()
+
+    def generator() -> Iterator[None]:
+        with policy.steer(["alice"]):
+            with pytest.raises(RuntimeError, match="users: expected a forward in the thread of the generator"):
+                in_another_thread()
+            yield
+
+    suspended = generator()
+    next(suspended)
+    with pytest.raises(RuntimeError, match="users: expected a forward in the thread of the generator"):
+        in_another_thread()
+    with policy.steer(["bob"]):
+        assert torch.equal(in_another_thread(), alone["bob"])
+    suspended.close()
+    assert torch.equal(in_another_thread(), alone[BASE])
+
+
+def test_a_generator_that_goes_on_in_another_context_raises(policy: SteerablePolicy, alone: dict[str, Tensor]) -> None:
+    """As a web framework's pool of threads would run it: not steered at first, and the base model's after that."""
+    generator = chunks(policy, "alice")
+    assert torch.equal(contextvars.copy_context().run(next, generator), alone["alice"])
+    with pytest.raises(RuntimeError, match="users: expected a generator to go on in the task and thread"):
+        contextvars.copy_context().run(next, generator)
+    assert torch.equal(answer(policy), alone[BASE])
+
+
+def test_frames_of_other_threads_are_left_alone(policy: SteerablePolicy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They end while they are looked at: walking them has crashed the interpreter."""
+    suspended = chunks(policy, "alice")
+    next(suspended)
+    monkeypatch.setattr(sys, "_current_frames", lambda: pytest.fail("asked for the frames of all threads"))
+    answer(policy)
+    suspended.close()
 
 
 def test_a_task_that_outlives_its_block_raises(policy: SteerablePolicy, alone: dict[str, Tensor]) -> None:

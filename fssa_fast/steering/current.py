@@ -57,8 +57,9 @@ class CurrentUsers:
     def users(self) -> ActiveUsers | None:
         """The users of a forward that runs here and now.
 
-        Raises RuntimeError in a task or thread that was started in a block which has ended since, and in compiled code
-        where a block that can be suspended is open.
+        Raises RuntimeError in a task or thread that was started in a block which has ended since; in a thread that took
+        the context of a generator's block with it, and in a generator that goes on in another context than it entered
+        its block in; and in compiled code where a block that can be suspended is open.
         """
         if torch.compiler.is_compiling():
             if not self.thread.blocks:
@@ -71,11 +72,22 @@ class CurrentUsers:
                 )
             return innermost.users
         found: Serving | None = None
-        for serving in reversed(_OPEN.get()):
+        known = _OPEN.get()
+        for serving in reversed(known):
             if found is not None and not found.around:
                 break
-            if serving.current is self and (found is None or serving in found.around) and serving.holds_here():
+            if serving.current is not self:
+                continue
+            if found is None:
+                found = serving if serving.holds_here() else None
+            elif serving in found.around and _running(serving.generator):
                 found = serving
+        for serving in tuple(_IN_GENERATORS):
+            if serving.current is self and serving not in known and _running(serving.generator):
+                raise RuntimeError(
+                    "users: expected a generator to go on in the task and thread in which it entered its block, got "
+                    "another one; run the whole of it in one"
+                )
         return None if found is None else found.users
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CurrentUsers:
@@ -91,21 +103,26 @@ class Serving:
         self.generator: FrameType | None = None
         self.around: tuple[Serving, ...] = ()  # generators' blocks suspended at its beginning: what they do is theirs
         self.may_suspend = False
+        self.entered_in: int | None = None  # the thread
 
     def __enter__(self) -> None:
         self._thread = self.current.thread.blocks
         self._thread.append(self)
         if not torch.compiler.is_compiling():
             self.generator, self.may_suspend = _suspends(sys._getframe(1))
+            self.entered_in = threading.get_ident()
             before = _OPEN.get()
             self.around = tuple(one for one in before if one.generator is not None and not _running(one.generator))
             _OPEN.set((*before, self))
+            if self.generator is not None:
+                _IN_GENERATORS.add(self)
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         # By identity, not to the state before: blocks of tasks and generators end in any order.
         self._thread.remove(self)
         if torch.compiler.is_compiling():
             return
+        _IN_GENERATORS.discard(self)
         self.ended, self.generator, self.around = True, None, ()
         before = _OPEN.get()
         _OPEN.set(tuple(serving for serving in before if serving is not self))
@@ -123,11 +140,18 @@ class Serving:
             raise RuntimeError("users: expected a block that is open, got one that ended before this task or thread")
         if self.generator is None or _running(self.generator):
             return True
+        if threading.get_ident() != self.entered_in:
+            # The generator may be waiting for this thread, or be suspended: no thread can see the frames of another.
+            raise RuntimeError(
+                "users: expected a forward in the thread of the generator whose block it was started in, got one in "
+                "another thread; name its users there, by policy.steer or policy.forward"
+            )
         _say_once()
         return False
 
 
 _OPEN: ContextVar[tuple[Serving, ...]] = ContextVar("fssa_open_blocks", default=())
+_IN_GENERATORS: set[Serving] = set()  # the open blocks that lie in generators, in whichever context
 
 _SUSPENDABLE = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
 _ENTER_CONTEXT: tuple[CodeType, ...] = (
@@ -156,19 +180,16 @@ def _suspends(frame: FrameType | None) -> tuple[FrameType | None, bool]:
     return None, False
 
 
-def _running(frame: FrameType) -> bool:
-    """Whether a generator runs now, in this thread or, waiting for it, in another."""
+def _running(frame: FrameType | None) -> bool:
+    """Whether a generator runs now, in this thread.
+
+    The frames of another thread may end while they are looked at, under CPython's own feet: they are left alone.
+    """
     here: FrameType | None = sys._getframe(1)
     while here is not None:
         if here is frame:
             return True
         here = here.f_back
-    for top in sys._current_frames().values():
-        there: FrameType | None = top
-        while there is not None:
-            if there is frame:
-                return True
-            there = there.f_back
     return False
 
 
