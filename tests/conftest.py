@@ -34,6 +34,15 @@ if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None
     InterpreterBuilder.create_dot = product
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leaves to `make proof` what takes minutes without a GPU: emulations and the interpreter's longest."""
+    if os.environ.get("FSSA_PROOF") == "1" or torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("proof") is not None:
+            item.add_marker(pytest.mark.skip(reason="long without a GPU: run by make proof, or with FSSA_PROOF=1"))
+
+
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Any]:
     """A PostgreSQL server for the tests of one process; they are skipped where none is installed."""

@@ -1,4 +1,4 @@
-"""The five proofs of the GPU kernels on a machine without a GPU, each timed: python tests/proof.py.
+"""The five proofs of the kernels on a machine without what they are for, each timed: python tests/proof.py.
 
 Returns 1 where one failed. What a proof needs and does not find is said, and the proof counts as skipped.
 """
@@ -14,7 +14,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PYTEST = ["-m", "pytest", "-q", "-rs", "-n", "auto", "--dist", "worksteal"]
 PROOFS: dict[str, list[list[str]]] = {
-    "interpreter: the Triton kernels against the definitions": [[*PYTEST, "tests/test_kernels.py"]],
+    "interpreter: the Triton kernels against the definitions": [
+        [*PYTEST, "tests/test_kernels.py", "tests/test_golden.py", "tests/test_flash_ops.py"]
+    ],
     "ahead of time: the Triton kernels compiled for every chip": [
         ["-m", "fssa_fast.kernels.aot", "--check", "*"],
         [*PYTEST, "tests/test_aot.py"],
@@ -24,7 +26,9 @@ PROOFS: dict[str, list[list[str]]] = {
         ["csrc/cuda/table.py", "--check"],
         [*PYTEST, "tests/test_nvcc.py"],
     ],
-    "emulation: the CUDA kernels against the definitions": [[*PYTEST, "tests/test_cuda.py"]],
+    "emulation: the CUDA kernels, and AVX-512 with bfloat16 pairs, against the definitions": [
+        [*PYTEST, "tests/test_cuda.py", "tests/test_avx512.py"]
+    ],
 }
 
 

@@ -99,6 +99,7 @@ def compiling(*command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.proof
 def test_a_subset_is_as_good_as_the_table() -> None:
     done = compiling("-m", "fssa_fast.kernels.aot", "--check", *SUBSET)
     assert done.returncode == 0, done.stderr

@@ -19,6 +19,7 @@ reason = build.missing() or (None if platform.machine() == "x86_64" else "not an
 EVERY = ("native_linear", "native_attention", "same_logits_as_attached", "rows_do_not_depend")
 
 
+@pytest.mark.proof
 @pytest.mark.skipif(reason is not None, reason=str(reason))
 def test_the_fused_form_in_bfloat16():
     """The tests of the fused form hold: parity, rows on their own, over a cache full of NaN."""

@@ -1,6 +1,6 @@
 """The CUDA kernels without a GPU: run by the emulation, and the backend's answers where it cannot run.
 
-With FSSA_PROOF=1 every case runs and every planted bug is tried; otherwise those that take each way through a kernel.
+The emulation's are run by make proof.
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ from typing import NamedTuple
 import pytest
 import torch
 from emulation import build
-from emulation.emulated import CASES, DEFAULT
+from emulation.emulated import CASES
 
 from fssa_fast.backends import BackendError, cuda, gpus, load_backend, use_backend
 from fssa_fast.ops import film
 
-PROOF = os.environ.get("FSSA_PROOF") == "1"
 reason = build.missing()
 emulated = pytest.mark.skipif(reason is not None, reason=f"the emulation cannot be built: {reason}")
 
@@ -45,10 +44,10 @@ def outcome(module: object, cases: list[str]) -> Outcome:
 
 
 def of_kernel(prefix: str) -> list[str]:
-    cases = CASES if PROOF else [name for name in CASES if name.rsplit(" ", 1)[0] in DEFAULT]
-    return [name for name in cases if name.split(" ")[0] in prefix.split("|")]
+    return [name for name in CASES if name.split(" ")[0] in prefix.split("|")]
 
 
+@pytest.mark.proof
 @emulated
 @pytest.mark.parametrize("kernels", ["film|film_norm|nothing", "lora", "context|context_rows"])
 def test_emulated(kernels: str) -> None:
@@ -85,45 +84,43 @@ BUGS = {
         "product.h", "lane % 8 + lane / 16 * 8) * b_pitch + lane / 8 % 2 * 8", "lane % 16) * b_pitch + lane / 16 * 8",
         "lora", LORA[1:], "allowed",
     ),
+    "missing barrier in a pipeline": Bug(
+        "product.h", "__syncthreads();  // the step is here", "// the step is here", "lora", LORA, "allowed"
+    ),
+    "missing wait for copies": Bug(
+        "product.h", "copy_wait<STAGES - 2>()", "copy_wait<STAGES - 1>()", "lora", LORA, "allowed"
+    ),
+    "barrier that some threads miss": Bug(
+        "film.cu", f"{WRITES}\n  __syncthreads();",
+        "if (lane == 0) {\n  sums[warp] = value;\n  __syncthreads();\n}", "film", ["film_norm 130 float32"],
+        "wait for others that never come",
+    ),
+    "row past the end": Bug(
+        "lora.cu", "if (row + m < s.rows && rank", "if (row + m <= s.rows && rank", "lora", ["lora dense float32"],
+        "AddressSanitizer: heap-",
+    ),
+    "row of results swapped": Bug(
+        "product.h", "(16 * i + 8 * half + g) * COLUMNS", "(16 * i + 2 * g + half) * COLUMNS", "lora", LORA,
+        "allowed",
+    ),
+    "transposed fragment": Bug(
+        "lora.cu", "load_matrices_transposed(weights,", "load_matrices(weights,", "lora", LORA[1:], "allowed"
+    ),
+    "missing wait for the launch before": Bug(
+        "lora.cu", "wait_for_launch_before();", "", "lora", LORA, "has not waited for it"
+    ),
+    "last block too early": Bug(
+        "context.cu", "static_cast<int32_t>(blocks - 1)", "static_cast<int32_t>(blocks - 2)", "context",
+        ["context sampled float32"], "allowed",
+    ),
+    "missing barrier between phases": Bug(
+        "context.cu", f"{NORMS}\n  }}\n  __syncthreads();", f"{NORMS}\n  }}", "context",
+        ["context few float32"], "allowed",
+    ),
 }  # fmt: skip
-if PROOF:
-    BUGS |= {
-        "missing barrier in a pipeline": Bug(
-            "product.h", "__syncthreads();  // the step is here", "// the step is here", "lora", LORA, "allowed"
-        ),
-        "missing wait for copies": Bug(
-            "product.h", "copy_wait<STAGES - 2>()", "copy_wait<STAGES - 1>()", "lora", LORA, "allowed"
-        ),
-        "barrier that some threads miss": Bug(
-            "film.cu", f"{WRITES}\n  __syncthreads();",
-            "if (lane == 0) {\n  sums[warp] = value;\n  __syncthreads();\n}", "film", ["film_norm 130 float32"],
-            "wait for others that never come",
-        ),
-        "row past the end": Bug(
-            "lora.cu", "if (row + m < s.rows && rank", "if (row + m <= s.rows && rank", "lora", ["lora dense float32"],
-            "AddressSanitizer: heap-",
-        ),
-        "row of results swapped": Bug(
-            "product.h", "(16 * i + 8 * half + g) * COLUMNS", "(16 * i + 2 * g + half) * COLUMNS", "lora", LORA,
-            "allowed",
-        ),
-        "transposed fragment": Bug(
-            "lora.cu", "load_matrices_transposed(weights,", "load_matrices(weights,", "lora", LORA[1:], "allowed"
-        ),
-        "missing wait for the launch before": Bug(
-            "lora.cu", "wait_for_launch_before();", "", "lora", LORA, "has not waited for it"
-        ),
-        "last block too early": Bug(
-            "context.cu", "static_cast<int32_t>(blocks - 1)", "static_cast<int32_t>(blocks - 2)", "context",
-            ["context sampled float32"], "allowed",
-        ),
-        "missing barrier between phases": Bug(
-            "context.cu", f"{NORMS}\n  }}\n  __syncthreads();", f"{NORMS}\n  }}", "context",
-            ["context few float32"], "allowed",
-        ),
-    }  # fmt: skip
 
 
+@pytest.mark.proof
 @emulated
 @pytest.mark.parametrize("name", BUGS)
 def test_a_planted_bug_is_caught(name: str) -> None:

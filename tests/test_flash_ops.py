@@ -183,6 +183,7 @@ def test_attention(case, which, dtype, functions):
 
 
 @in_its_place
+@pytest.mark.proof
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma2"])
 def test_the_engine_serves_as_with_our_own_attention(kind, monkeypatch):
     changes = {"sliding_window": 3} if kind == "gemma2" else {}

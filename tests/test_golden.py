@@ -55,7 +55,7 @@ def close(ours, theirs, tolerance=1e-5):
     assert_close(ours, theirs.view(ours.shape), rtol=tolerance, atol=tolerance * max(theirs.abs().max().item(), 1e-6))
 
 
-@pytest.fixture(params=["reference", "cpu", "triton"])
+@pytest.fixture(params=["reference", "cpu", pytest.param("triton", marks=pytest.mark.proof)])
 def backend(request):
     if request.param != "reference":
         module, reason = load_backend(request.param)

@@ -386,6 +386,7 @@ def plant(monkeypatch: pytest.MonkeyPatch, folder: Path, name: str, old: str, ne
     return planted
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_caught(tmp_path, monkeypatch, fault):
     """The same calls pass as the kernels are, and fail with the fault."""
@@ -413,6 +414,7 @@ RACES = {
 }
 
 
+@pytest.mark.proof
 @interpreted
 @pytest.mark.parametrize("case", ["long", "mean", "sum"])
 @pytest.mark.parametrize("resident", [1, 3, 1000])
@@ -425,6 +427,7 @@ def test_programs_may_run_in_any_order(case, resident):
             assert torch.equal(run("context", *args), expected)
 
 
+@pytest.mark.proof
 @interpreted
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of what was read too soon
 @pytest.mark.parametrize("race", RACES)

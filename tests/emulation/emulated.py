@@ -222,8 +222,8 @@ def _slots(dtype: torch.dtype, emulation: Machine) -> None:
 
 
 MANY = tuple((1 + i, 5 + 9 * i) for i in range(9))
-# The default cases take every way through every kernel once; the others are sizes.
-DEFAULT: dict[str, Run] = {
+# The first take every way through every kernel once; from "film strides" on they are sizes.
+RUNS: dict[str, Run] = {
     "film 1": _film(3, 1),
     "film 1030": _film(2, 1030),
     "film 512 dense": _film(2, 512, dense=True),
@@ -246,8 +246,6 @@ DEFAULT: dict[str, Run] = {
     "context_rows sum": _context_rows("sum", 37, torch.bfloat16, noisy=True),
     "context_rows few": _context_rows("few", 72, torch.float16),
     "nothing": _nothing,
-}
-FURTHER: dict[str, Run] = {
     "film strides": _slots,
     "film 111": _film(3, 111),
     "film 3424": _film(2, 3424, dense=True),
@@ -282,7 +280,7 @@ FURTHER: dict[str, Run] = {
     "context_rows without noise": _context_rows("sampled", 90),
 }
 CASES = {
-    f"{name} {dtype}": (run, DTYPES[dtype]) for name, run in (DEFAULT | FURTHER).items() for dtype in DTYPES
+    f"{name} {dtype}": (run, DTYPES[dtype]) for name, run in RUNS.items() for dtype in DTYPES
 }  # fmt: skip
 
 
