@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fssa_fast.commands import chat, data, generate, train, users
+from fssa_fast.commands import chat, data, experiment, generate, train, users
 from fssa_fast.commands.ask import ask
 from fssa_fast.commands.evaluate import compare, evaluate, gate
 from fssa_fast.commands.plot import plot
@@ -63,6 +63,7 @@ def import_reference(
 app.add_typer(users.app, name="users")
 app.add_typer(train.app, name="train")
 app.add_typer(data.app, name="data")
+app.add_typer(experiment.app, name="experiment")
 app.command("eval")(evaluate)
 for command in (generate.generate, chat.chat, ask, compare, gate, plot, reproduce, serve, key):
     app.command()(command)

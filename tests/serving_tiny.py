@@ -18,6 +18,7 @@ from fssa_fast import SqliteStore, SteerablePolicy, TextEmbedder
 from fssa_fast.serving import Settings, make_app
 from fssa_fast.serving.keys import Key
 from fssa_fast.serving.server import Server, _Protocol
+from fssa_fast.serving.versions import only
 
 
 def make_embedder() -> TextEmbedder:
@@ -52,16 +53,12 @@ def make_served_policy(path: Path, capacity: int = 32) -> tuple[SteerablePolicy,
     return policy, store
 
 
-class Tiny:
-    """A server that is running. `url` is where."""
+class Running:
+    """An app that is served, in a thread. `url` is where."""
 
-    def __init__(self, path: Path, keys: list[Key] | None, engine: dict[str, Any], **settings: Any) -> None:
-        self.policy, self.store = make_served_policy(path)
-        self.engine = self.policy.engine(**{"max_rows": 8, "max_tokens": 2048, "step_tokens": 64, **engine})
-        self.app = make_app(self.policy, self.engine, self.store, Settings("tiny", **settings), keys)
-        self.service = self.app.state.service
-        config = uvicorn.Config(self.app, port=0, log_level="warning", http=_Protocol, timeout_graceful_shutdown=2)
-        self._server = Server(config, self.app, 5.0)
+    def __init__(self, app: Any) -> None:
+        config = uvicorn.Config(app, port=0, log_level="warning", http=_Protocol, timeout_graceful_shutdown=2)
+        self._server = Server(config, app, 5.0)
         self._thread = threading.Thread(target=lambda: asyncio.run(self._server.serve()), daemon=True)
         self._thread.start()
         while not self._server.started:
@@ -73,6 +70,20 @@ class Tiny:
     def stop(self) -> None:
         self._server.should_exit = True
         self._thread.join(20)
+
+
+class Tiny(Running):
+    """A server that is running. `url` is where."""
+
+    def __init__(self, path: Path, keys: list[Key] | None, engine: dict[str, Any], **settings: Any) -> None:
+        self.policy, self.store = make_served_policy(path)
+        self.engine = self.policy.engine(**{"max_rows": 8, "max_tokens": 2048, "step_tokens": 64, **engine})
+        self.app = make_app(only(self.policy, self.engine), self.store, Settings("tiny", **settings), keys)
+        self.service = self.app.state.service
+        super().__init__(self.app)
+
+    def stop(self) -> None:
+        super().stop()
         self.store.close()
 
 

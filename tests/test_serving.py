@@ -442,7 +442,7 @@ def test_prefixes_are_not_shared_between_namespaces(tmp_path):
 
 
 def test_limits_of_a_key(tmp_path):
-    keys = [key("r", namespace="r", requests_per_minute=2), key("t", namespace="t", tokens_per_minute=10),
+    keys = [key("r", namespace="r", requests_per_minute=2), key("t", namespace="t", tokens_per_minute=5),
             key("o", namespace="o", open_requests=1)]  # fmt: skip
     with tiny_server(tmp_path / "users.db", keys) as server:
 

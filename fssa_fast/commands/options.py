@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -28,3 +29,12 @@ def load_policy(
     if store is not None:
         policy.use_store(store)
     return policy
+
+
+def named(option: str, given: list[str] | None) -> Iterator[tuple[str, str]]:
+    """The parts of values such as "name=value"."""
+    for one in given or ():
+        name, sign, value = one.partition("=")
+        if not sign:
+            raise ValueError(f"{option}: expected NAME=..., got {one!r}")
+        yield name, value

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fssa_fast.commands.options import Base, Embedder, Policy, Store
+from fssa_fast.commands.options import Base, Embedder, Policy, Store, named
 
 
 def serve(
@@ -19,6 +19,12 @@ def serve(
     host: Annotated[str, typer.Option(help="Where to listen; beyond the loopback only with --api-keys.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0 takes a free one.")] = 8000,
     api_keys: Annotated[Path | None, typer.Option(help="Keys as `fssa key` writes them.")] = None,
+    version: Annotated[list[str] | None, typer.Option(help="Another version over the same base, as NAME=DIRECTORY; "
+                                                      "may be repeated. POLICY itself is `main`.")] = None,
+    share: Annotated[list[str] | None, typer.Option(help="A version's share of the users, as NAME=NUMBER; may be "
+                                                    "repeated. 1, if not given.")] = None,
+    experiment: Annotated[str, typer.Option(help="Decides, with a user's name, on the version.")] = "",
+    history: Annotated[Path | None, typer.Option(help="Where to record completions and choices.")] = None,
     create_users: Annotated[bool, typer.Option(help="A user's first choice makes the user.")] = False,
     rows: Annotated[int, typer.Option(help="Requests that run at once.")] = 32,
     cache_tokens: Annotated[int, typer.Option(help="Tokens in the cache, of all requests together.")] = 16384,
@@ -34,21 +40,34 @@ def serve(
         from fssa_fast.serving import Settings, make_app
         from fssa_fast.serving.keys import read_keys
         from fssa_fast.serving.server import is_loopback, run
-    from fssa_fast.policy import SteerablePolicy
+        from fssa_fast.serving.versions import Shelf, Versions
+    from fssa_fast.data.history import History
     from fssa_fast.users import open_store
 
     keys = None if api_keys is None else read_keys(api_keys)
     if keys is None and not is_loopback(host):
         raise ValueError(f"host: expected the loopback, since no --api-keys are given; got {host}")
-    loaded = SteerablePolicy.from_pretrained(policy, base, embedder=embedder, capacity=max(64, 4 * rows))
+    directories = {"main": policy} | {name: Path(where) for name, where in named("--version", version)}
+    shares = {name: _number("--share", number) for name, number in named("--share", share)}
+    for unknown in shares.keys() - directories.keys():
+        raise ValueError(f"--share: expected a version of {', '.join(directories)}, got {unknown!r}")
     users = open_store(store)
-    loaded.use_store(users)
-    engine = loaded.engine(max_rows=rows, max_tokens=cache_tokens, max_waiting=waiting, step_tokens=max(256, rows))
-    app = make_app(loaded, engine, users, Settings(name or policy.resolve().name, create_users), keys)
+    engine = {"max_rows": rows, "max_tokens": cache_tokens, "max_waiting": waiting, "step_tokens": max(256, rows)}
+    shelf = Shelf(policy, base, embedder, users, engine, shared=len(directories) > 1)
+    held = Versions([shelf.make(*one, shares.get(one[0], 1.0)) for one in directories.items()], experiment)
+    recorded = None if history is None else History(history, experiment)
+    app = make_app(held, users, Settings(name or policy.resolve().name, create_users), keys, history=recorded)
     typer.echo(f"http{'s' if ssl_certfile else ''}://{host}:{port}/", err=True)
     run(app, host=host, port=port, grace_seconds=grace,
         ssl_certfile=ssl_certfile, ssl_keyfile=ssl_keyfile)  # fmt: skip
     users.close()
+
+
+def _number(option: str, given: str) -> float:
+    try:
+        return float(given)
+    except ValueError as error:
+        raise ValueError(f"{option}: expected NAME=NUMBER, got {given!r}") from error
 
 
 def key(

@@ -86,11 +86,22 @@ class FusedModel:
     graphs where a step has at most 256 tokens. All who use it share its buffers: several threads do so in turn, each
     holding `turn` from before `forward` until the logits have been read, as engines do.
 
+    Args:
+        beside: the fused form of another policy on the same base model's parameters. What no adapter of either is
+            packed into, is packed once for both, and those who use either take turns.
+
     Raises: CannotFuse for an architecture, a projection, a rope or a hook that it does not know; StaleFused for a bank
-        of another dtype or device than the model's.
+        of another dtype or device than the model's, or where the parameters of `beside` have changed; ValueError for a
+        `beside` with steps of another kind.
     """
 
-    def __init__(self, policy: Steered, max_positions: int | None = None, attention: str = "auto") -> None:
+    def __init__(
+        self,
+        policy: Steered,
+        max_positions: int | None = None,
+        attention: str = "auto",
+        beside: FusedModel | None = None,
+    ) -> None:
         model = policy.model
         _check(policy)
         # What is packed is a copy: it is known by what it was made from.
@@ -103,6 +114,15 @@ class FusedModel:
         self._check_rows(policy.bank.rows)
         head_width = model.model.layers[0].self_attn.head_dim
         self.ops = ops_for(self.device, self.dtype, head_width, attention)
+        self._packed: dict[tuple[int, ...], Packed] = {}  # of the base's weights alone, by their addresses
+        if beside is not None:
+            beside.check()
+            if type(beside.ops) is not type(self.ops):
+                raise ValueError(
+                    f"beside: expected steps by {type(self.ops).__name__}, got {type(beside.ops).__name__}"
+                )
+            own = {weight.data_ptr() for weight in model.parameters()}
+            self._packed |= {key: packed for key, packed in beside._packed.items() if own.issuperset(key)}
         captures = self.device.type == "cuda" and self.ops.capturable
         self.graphs = CudaGraphs(self.device) if captures else None
         self.max_positions = max_positions or self.config.max_position_embeddings
@@ -119,11 +139,11 @@ class FusedModel:
             self.norms = [self._norm(block.input_layernorm) for block in list(backbone.layers)[1:]]
             self.norms.append(self._norm(backbone.norm))
             head = model.get_output_embeddings()
-            self.head = self.ops.pack(head.weight)
+            self.head = self._pack_of_base([head.weight])
             self.head_bias = head.bias
         self.softcap = getattr(self.config, "final_logit_softcapping", None)
         self._workspace = _Workspace(self, 0)
-        self.turn = threading.RLock()
+        self.turn: threading.RLock = threading.RLock() if beside is None else beside.turn
 
     @property
     def vocabulary(self) -> int:
@@ -301,7 +321,15 @@ class FusedModel:
             for projection, output in zip(projections, columns, strict=True):
                 if projection.bias is not None:
                     bias[output] = projection.bias
-        return _Group(self.ops.pack(torch.cat(weights)), bias, tuple(columns), tuple(adapters))
+        packed = self.ops.pack(torch.cat(weights)) if adapters else self._pack_of_base(weights)
+        return _Group(packed, bias, tuple(columns), tuple(adapters))
+
+    def _pack_of_base(self, weights: Sequence[Tensor]) -> Packed:
+        """Weights of the base model, one above the other, packed once for all forms beside this one."""
+        key = tuple(weight.data_ptr() for weight in weights)
+        if key not in self._packed:
+            self._packed[key] = self.ops.pack(torch.cat(list(weights)) if len(weights) > 1 else weights[0])
+        return self._packed[key]
 
 
 class _Workspace:

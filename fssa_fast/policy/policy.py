@@ -308,7 +308,9 @@ class SteerablePolicy(nn.Module):
     fused: FusedModel | None = None
     """The fused form, once `fuse` has made it."""
 
-    def fuse(self, *, max_positions: int | None = None, attention: str = "auto") -> FusedModel:
+    def fuse(
+        self, *, max_positions: int | None = None, attention: str = "auto", beside: FusedModel | None = None
+    ) -> FusedModel:
         """Makes the fused form of the model as it is now, for inference; see `fssa_fast.generation.FusedModel`.
 
         The model and its parameters stay as they are; the packed weights take as much memory again. After training,
@@ -318,12 +320,14 @@ class SteerablePolicy(nn.Module):
             max_positions: the longest sequence it will serve; None takes the model's own limit.
             attention: on a GPU, by "flash-attn" or by our "own" kernels; "auto": by flash-attn where it is installed
                 and takes the model's dtype and heads.
+            beside: the fused form of another policy on the same parameters (see `share_parameters`): weights that no
+                adapter is packed into are shared with it, and steps of the two take turns.
 
         Raises: CannotFuse for a model that has no fused form which computes the same; BackendError where flash-attn was
             asked for and cannot run; ValueError for another attention.
         """
         self._follow_model()
-        self.fused = FusedModel(self, max_positions, attention)
+        self.fused = FusedModel(self, max_positions, attention, beside)
         return self.fused
 
     def unfuse(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 from fastapi import FastAPI
@@ -12,8 +12,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.responses import FileResponse, Response
 
 from fssa_fast import __version__
-from fssa_fast.generation import Engine
-from fssa_fast.policy import SteerablePolicy
+from fssa_fast.data.history import History
 from fssa_fast.serving import completions, errors, people
 from fssa_fast.serving.bridge import Bridge
 from fssa_fast.serving.errors import ApiError, json_response
@@ -21,26 +20,35 @@ from fssa_fast.serving.guard import Guard
 from fssa_fast.serving.keys import Key, Keys
 from fssa_fast.serving.service import Asking, Service, Serving
 from fssa_fast.serving.settings import Settings
+from fssa_fast.serving.versions import Versions
 from fssa_fast.users.store import UserStore
 
 PAGE = Path(__file__).parent / "page"
+LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 _PARTS = {"page.css": "text/css", "page.js": "text/javascript", "icon.svg": "image/svg+xml"}
 
 
 def make_app(
-    policy: SteerablePolicy, engine: Engine, store: UserStore, settings: Settings, keys: list[Key] | None = None
+    versions: Versions,
+    store: UserStore,
+    settings: Settings,
+    keys: list[Key] | None = None,
+    *,
+    history: History | None = None,
+    hosts: Sequence[str] = LOOPBACK,
 ) -> FastAPI:
-    """An app that serves the policy's users; it closes the engine when it ends.
+    """An app that serves the users of a policy, in one version or several; it closes the engines when it ends.
 
     Args:
-        policy: with a tokenizer, and with its users in `store`. engine: made by it, with a thread of its own.
-        keys: whose requests are answered; None answers everybody, and only to the names of the loopback.
+        versions: of policies with tokenizers, and with their users in `store`; their engines with threads of their own.
+        keys: whose requests are answered; None answers everybody, and only to the names in `hosts`.
+        history: where completions and choices are recorded; None records none.
 
     Raises ValueError for a policy without tokenizer or store.
     """
-    if policy.tokenizer is None:
+    if any(version.policy.tokenizer is None for version in versions):
         raise ValueError("policy: expected one with a tokenizer, got one without")
-    service = Service(policy, engine, store, Keys(keys), settings)
+    service = Service(versions, store, Keys(keys), settings, history)
 
     @contextlib.asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
@@ -87,6 +95,6 @@ def make_app(
         return FileResponse(PAGE / name, media_type=_PARTS[name])
 
     if keys is None:  # else a foreign page could reach it by a name of its own that leads to the loopback
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "[::1]"])
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
     app.add_middleware(Guard, service=service)
     return app

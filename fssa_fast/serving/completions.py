@@ -5,17 +5,19 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import secrets
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from fssa_fast.data.history import BASE_VERSION, Made
 from fssa_fast.generation import Handle, Result
 from fssa_fast.generation.prompts import has_template
 from fssa_fast.generation.sampler import TokenLogprobs
@@ -25,22 +27,24 @@ from fssa_fast.serving.forms import ChatForm, CompletionOptions, TextForm
 from fssa_fast.serving.keys import Client
 from fssa_fast.serving.remembered import Completion
 from fssa_fast.serving.service import Asking, Service, Serving
+from fssa_fast.serving.versions import Version
 from fssa_fast.users import BASE, PRIOR, UnknownUser
 
 router = APIRouter(prefix="/v1", tags=["completions"])
 
+SAMPLING = ("temperature", "top_p", "presence_penalty", "frequency_penalty", "logit_bias", "seed")
 _REASONS = {"end": "stop", "stop": "stop", "length": "length"}
 
 
 @router.get("/models")
 async def models(service: Serving, client: Asking) -> Response:
-    """The policy, and its base model."""
+    """The policy, its base model, and each of several versions."""
     return json_response({"object": "list", "data": [_model(name) for name in _names(service)]})
 
 
 @router.get("/models/{name:path}")
 async def model(name: str, service: Serving, client: Asking) -> Response:
-    """One of the two."""
+    """One of them."""
     if name not in _names(service):
         raise _unknown_model(service, name)
     return json_response(_model(name))
@@ -67,8 +71,10 @@ async def complete(form: TextForm, request: Request, service: Serving, client: A
     )  # fmt: skip
 
 
-def _names(service: Service) -> tuple[str, str]:
-    return service.settings.name, f"{service.settings.name}:base"
+def _names(service: Service) -> list[str]:
+    """The policy, the base model, and, where there are several, the policy's versions."""
+    name, versions = service.settings.name, service.versions
+    return [name, f"{name}:base", *(f"{name}@{one.name}" for one in versions if len(versions) > 1)]
 
 
 def _model(name: str) -> dict[str, Any]:
@@ -95,44 +101,77 @@ def _role(role: str) -> str:
 
 @dataclass(frozen=True)
 class Whom:
-    """Whose rows steer, by stored names, how strongly, and, for feedback, for which one user the answer is."""
+    """Whose rows steer, by stored names, how strongly, in which version, and, for feedback, for which one user."""
 
     user: str | Mapping[str, float]
     strength: float
+    version: Version
     one: str | None
+
+    def made(self, latent: int | None, sampling: Mapping[str, Any]) -> Made:
+        """What its answers carry."""
+        name = BASE_VERSION if self.user == BASE else self.version.name
+        return Made(name, latent, self.strength, {key: v for key, v in sampling.items() if v is not None})
 
 
 def whom(form: CompletionOptions, service: Service, client: Client) -> Whom:
     """Whom a request is for. Raises ApiError for an unknown model or name; users are looked up by the engine."""
-    policy, base = _names(service)
-    if form.model not in (policy, base):
+    names = _names(service)
+    if form.model not in names:
         raise _unknown_model(service, form.model)
+    policy, base, *_ = names
     one = None if form.user is None else client.stored(form.user)
+    version = service.versions.get(form.model.removeprefix(f"{policy}@")) or service.versions.of(one)
     steering = form.steering
     if form.model == base:
         if steering is not None:
             raise ApiError(
                 400, "invalid_value", f"steering: expected none with {base}, which nobody steers", "steering"
             )
-        return Whom(BASE, 1.0, one)
+        return Whom(BASE, 1.0, version, one)
     if steering is not None and steering.users is not None:
-        names = {name if name in (BASE, PRIOR) else client.stored(name): w for name, w in steering.users.items()}
-        return Whom(names, steering.strength, None)
-    return Whom(PRIOR if one is None else one, 1.0 if steering is None else steering.strength, one)
+        blend = {name if name in (BASE, PRIOR) else client.stored(name): w for name, w in steering.users.items()}
+        return Whom(blend, steering.strength, version, None)
+    return Whom(PRIOR if one is None else one, 1.0 if steering is None else steering.strength, version, one)
 
 
 def submit(
     service: Service, client: Client, whom: Whom, prompts: Sequence[Any], count: int, limit: int | None,
     options: Mapping[str, Any],
+) -> tuple[list[Handle], Made]:  # fmt: skip
+    """Begins `count` answers to each prompt, and says how they are made. Raises ApiError, or what the engine raises;
+    none is begun then."""
+    if options["seed"] is None and len(prompts) == 1:
+        options = {**options, "seed": secrets.randbits(63)}  # so that it can be told
+    sampling = {"max_tokens": limit, **{name: options.get(name) for name in SAMPLING}}
+    while True:
+        latent = _latent(whom)
+        handles = _submit(service, client, whom, prompts, count, limit, options)
+        if _latent(whom) == latent:
+            return handles, whom.made(latent, sampling)
+        for handle in handles:  # of which version the row is, that was given meanwhile, cannot be told
+            handle.cancel()
+
+
+def _latent(whom: Whom) -> int | None:
+    """The version of the user who steers, or None: of nobody, of several, of one who is not there."""
+    try:
+        return None if whom.user != whom.one else whom.version.policy.users[str(whom.one)].version
+    except UnknownUser:
+        return None
+
+
+def _submit(
+    service: Service, client: Client, whom: Whom, prompts: Sequence[Any], count: int, limit: int | None,
+    options: Mapping[str, Any],
 ) -> list[Handle]:  # fmt: skip
-    """Begins `count` answers to each prompt. Raises ApiError, or what the engine raises; none is begun then."""
     handles: list[Handle] = []
     user: str | Mapping[str, float] = whom.user
     if service.settings.create_users and isinstance(user, str) and user == whom.one and user not in service.users:
         user = PRIOR  # made by the first choice: nothing is known of this user until then
     try:
         for prompt in prompts:
-            handles += service.engine.submit_many(
+            handles += whom.version.engine.submit_many(
                 prompt, user, count, max_new_tokens=limit, strength=whom.strength, namespace=client.namespace, **options
             )
     except BaseException as error:
@@ -175,18 +214,21 @@ async def _answer(
     with ExitStack() as held:
         held.enter_context(client.open())
         try:
-            handles = await service.call(submit, service, client, for_whom, prompts, form.n, limit, options)
+            begun = service.call(submit, service, client, for_whom, prompts, form.n, limit, options)
+            handles, made = await begun
         except Exception as error:
             raise translated(error) from error
         for handle in handles:
             held.callback(handle.cancel)
         answers = Answers(service, client, handles, began)
-        completion = kind(form.model, answers)
+        completion = kind(form.model, answers, made)
 
         def remember(results: Sequence[Result]) -> None:
+            if service.history is not None:
+                service.history.completion(completion.id, for_whom.one, made)
             if len(prompts) == 1:  # feedback is on answers to one prompt
                 texts = tuple(result.text or "" for result in results)
-                one = Completion(for_whom.one, asked[0], texts)
+                one = Completion(for_whom.one, asked[0], texts, made)
                 service.completions.put((client.namespace, completion.id), one, one.size())
 
         if not form.stream:
@@ -323,9 +365,9 @@ class _Kind:
     object: str
     chunk: str
 
-    def __init__(self, model: str, answers: Answers) -> None:
+    def __init__(self, model: str, answers: Answers, made: Made) -> None:
         self.id = self.prefix + uuid.uuid4().hex
-        self._model, self._answers, self._created = model, answers, int(time.time())
+        self._model, self._answers, self._made, self._created = model, answers, made, int(time.time())
 
     def choice(self, index: int, result: Result) -> dict[str, Any]:
         """A whole answer."""
@@ -346,7 +388,8 @@ class _Kind:
     def whole(self, results: Sequence[Result], count: int) -> dict[str, Any]:
         """The body of what is not streamed; count: answers to a prompt."""
         choices = [self.choice(index, result) for index, result in enumerate(results)]
-        return {**self._head(self.object), "choices": choices, "usage": usage(results, count)}
+        return {**self._head(self.object), "choices": choices, "usage": usage(results, count),
+                "steering": asdict(self._made)}  # fmt: skip
 
     async def events(
         self, with_usage: bool, count: int, remember: Callable[[Sequence[Result]], None]
@@ -381,7 +424,8 @@ class _Kind:
         yield "data: [DONE]\n\n"
 
     def _head(self, kind: str) -> dict[str, Any]:
-        return {"id": self.id, "object": kind, "created": self._created, "model": self._model}
+        return {"id": self.id, "object": kind, "created": self._created, "model": self._model,
+                "system_fingerprint": self._made.version}  # fmt: skip
 
 
 class _Chat(_Kind):

@@ -13,7 +13,9 @@ import torch
 from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
+from fssa_fast.data.history import Made
 from fssa_fast.generation.prompts import told
+from fssa_fast.policy import SteerablePolicy
 from fssa_fast.serving.completions import Answers, Whom, submit, tells_chats
 from fssa_fast.serving.errors import ApiError, json_response, translated, unknown_user
 from fssa_fast.serving.forms import ChoicesForm, FeedbackForm, Name, NameInPath, QuestionForm, UserForm
@@ -52,8 +54,11 @@ async def create(form: UserForm, request: Request, service: Serving, client: Ask
     name = client.stored(form.name)
 
     async def write() -> Response:
-        await service.call(_create, service, name, _made([(c.chosen, c.rejected, c.prompt) for c in form.choices]))
-        return json_response(_user(client, await service.call(_stored, service, client, name)), 201)
+        new = _made([(c.chosen, c.rejected, c.prompt) for c in form.choices])
+        await service.call(_create, service, name, new)
+        found = await service.call(_stored, service, client, name)
+        _record(service, found, new)
+        return json_response(_user(client, found), 201)
 
     return await once(request, service, client, write)
 
@@ -106,6 +111,7 @@ async def add_choices(
     async def write() -> Response:
         new = _made([(c.chosen, c.rejected, c.prompt) for c in form.choices])
         found = await service.call(_add, service, client, stored, new)
+        _record(service, found, new)
         return json_response(_user(client, found), 201)
 
     return await once(request, service, client, write)
@@ -143,6 +149,7 @@ async def feedback(form: FeedbackForm, request: Request, service: Serving, clien
     async def write() -> Response:
         (new,) = _made([(chosen, rejected, better.prompt)])
         found = await service.call(_add, service, client, stored, [new])
+        _record(service, found, [new], better.made, worse.made)
         return json_response({"object": "feedback", "user": _user(client, found)}, 201)
 
     return await once(request, service, client, write)
@@ -158,7 +165,8 @@ async def question(
     """
     stored = client.stored(name)
     context = _pairs(await service.call(_choices, service, client, stored), service)
-    embedder = service.policy.embedder
+    version = service.versions.of(stored)
+    embedder = version.policy.embedder
     if embedder is None:
         raise ApiError(400, "no_embedder", "question: expected a policy with a text embedder; this one has none")
     prompt = told(form.prompt, tells_chats(service))
@@ -169,9 +177,9 @@ async def question(
     }
     with client.open():
         try:
-            handles = await service.call(
-                submit, service, client, Whom(stored, 1.0, stored), [prompt], form.candidates, form.max_tokens, options
-            )
+            whom = Whom(stored, 1.0, version, stored)
+            begun = service.call(submit, service, client, whom, [prompt], form.candidates, form.max_tokens, options)
+            handles, made = await begun
         except Exception as error:
             raise translated(error) from error
         try:
@@ -184,13 +192,15 @@ async def question(
         raise ApiError(409, "no_question", "candidates: expected two different answers, but all were the same")
 
     def pick() -> tuple[int, int, float]:
-        return telling_pair(service, context, embedder.encode([(form.prompt, text) for text in texts]))
+        return telling_pair(version.policy, context, embedder.encode([(form.prompt, text) for text in texts]))
 
     first, second, distance = await service.call(pick)
     answers = []
     for text in (texts[first], texts[second]):
-        one = Completion(stored, form.prompt, (text,))
+        one = Completion(stored, form.prompt, (text,), made)
         number = "chatcmpl-" + uuid.uuid4().hex
+        if service.history is not None:
+            service.history.completion(number, stored, made)
         service.completions.put((client.namespace, number), one, one.size())
         answers.append({"id": number, "text": text})
     return json_response({"object": "question", "user": name, "prompt": form.prompt, "answers": answers,
@@ -198,17 +208,17 @@ async def question(
 
 
 @torch.no_grad()
-def telling_pair(service: Service, context: torch.Tensor, options: torch.Tensor) -> tuple[int, int, float]:
+def telling_pair(policy: SteerablePolicy, context: torch.Tensor, options: torch.Tensor) -> tuple[int, int, float]:
     """Which two of the options [N, E] tell most of a user with these choices [K, 2, E].
 
     The two for which the rows after preferring the one and after preferring the other are farthest apart, and how far.
     """
     pairs = list(itertools.combinations(range(len(options)), 2))
     contexts = [torch.cat([context, options[list(order)][None]]) for a, b in pairs for order in ((a, b), (b, a))]
-    joined = torch.cat(contexts).to(service.policy.modulator.weight)
+    joined = torch.cat(contexts).to(policy.modulator.weight)
     offsets = torch.tensor([0, *(len(one) for one in contexts)]).cumsum(0)
     nothing = torch.zeros(len(joined), dtype=torch.long, device=joined.device)
-    rows = service.policy.rows(service.policy.encoder.latents(joined, nothing, offsets))
+    rows = policy.rows(policy.encoder.latents(joined, nothing, offsets))
     distances = (rows[::2] - rows[1::2]).norm(dim=1)
     best = int(distances.argmax())
     return *pairs[best], float(distances[best])
@@ -284,6 +294,17 @@ def _made(sides: Sequence[tuple[str, str, str]]) -> list[Choice]:
         return [Choice(chosen, rejected, prompt) for chosen, rejected, prompt in sides]
     except ValueError as error:
         raise translated(error) from error
+
+
+def _record(
+    service: Service, user: StoredUser, new: Sequence[Choice], better: Made | None = None, worse: Made | None = None
+) -> None:
+    """Writes choices into the history that have been stored: the last ones of a user."""
+    if service.history is not None and user.choices is not None:
+        version = service.versions.of(user.name).name
+        for number, choice in enumerate(new, start=user.choices - len(new) + 1):
+            texts = choice.prompt, str(choice.chosen), str(choice.rejected)
+            service.history.choice(user.name, version, texts, user.version, number, better, worse)
 
 
 def _stored(service: Service, client: Client, stored: str) -> StoredUser:

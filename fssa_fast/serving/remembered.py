@@ -9,6 +9,8 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from fssa_fast.data.history import Made
+
 Value = TypeVar("Value")
 
 
@@ -58,6 +60,7 @@ class Completion:
     user: str | None  # the stored name, where it was made for one user
     prompt: str  # what was asked, as choices keep it
     answers: tuple[str, ...]
+    made: Made
 
     def size(self) -> int:
         """Bytes of its texts, or so."""

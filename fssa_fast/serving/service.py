@@ -12,7 +12,7 @@ from typing import Annotated, Any, ParamSpec, TypeVar
 from fastapi import Depends, Request
 from starlette.responses import Response
 
-from fssa_fast.generation import Engine
+from fssa_fast.data.history import History
 from fssa_fast.policy import SteerablePolicy
 from fssa_fast.serving.bridge import Bridge
 from fssa_fast.serving.errors import ApiError
@@ -20,6 +20,7 @@ from fssa_fast.serving.keys import Client, Keys
 from fssa_fast.serving.metrics import Metrics
 from fssa_fast.serving.remembered import Completion, Remembered, Written
 from fssa_fast.serving.settings import Settings
+from fssa_fast.serving.versions import Versions
 from fssa_fast.users import StoredUsers
 from fssa_fast.users.store import UserStore
 
@@ -28,16 +29,14 @@ Value = TypeVar("Value")
 
 
 class Service:
-    """A policy, its engine, its users at rest, and what the server remembers."""
+    """The versions of a policy with their engines, their users at rest, and what the server remembers."""
 
     def __init__(
-        self, policy: SteerablePolicy, engine: Engine, store: UserStore, keys: Keys, settings: Settings
+        self, versions: Versions, store: UserStore, keys: Keys, settings: Settings, history: History | None = None
     ) -> None:
-        if not isinstance(policy.users, StoredUsers):
-            raise ValueError("policy: expected one whose users are in a store, got one without; see use_store")
-        self.policy, self.engine, self.store, self.keys, self.settings = policy, engine, store, keys, settings
-        self.users: StoredUsers = policy.users
-        self.metrics = Metrics(engine, policy.bank)
+        self.store, self.keys, self.settings, self.history = store, keys, settings, history
+        self.use(versions)
+        self.metrics = Metrics(lambda: self.versions)
         self.bridge: Bridge  # once there is a loop
         self.draining = False
         self.open_requests = 0
@@ -46,6 +45,25 @@ class Service:
         # What may wait for the database or an encoder, of requests; streams have no thread.
         self._threads = ThreadPoolExecutor(8, thread_name_prefix="fssa-serving")
 
+    def use(self, versions: Versions) -> None:
+        """Answers by these versions from now on; requests under way end as they began, by the engines they are in."""
+        for version in versions:
+            if not isinstance(version.policy.users, StoredUsers):
+                raise ValueError("policy: expected one whose users are in a store, got one without; see use_store")
+        self.versions = versions
+
+    @property
+    def policy(self) -> SteerablePolicy:
+        """The first version's."""
+        return self.versions.first.policy
+
+    @property
+    def users(self) -> StoredUsers:
+        """The first version's, by which choices are written."""
+        users = self.policy.users
+        assert isinstance(users, StoredUsers)
+        return users
+
     async def call(
         self, function: Callable[Arguments, Value], *args: Arguments.args, **kwargs: Arguments.kwargs
     ) -> Value:
@@ -53,8 +71,9 @@ class Service:
         return await asyncio.get_running_loop().run_in_executor(self._threads, partial(function, *args, **kwargs))
 
     def close(self) -> None:
-        """Ends the engine and the threads. The store stays open."""
-        self.engine.close()
+        """Ends the engines and the threads. The store stays open."""
+        for version in self.versions:
+            version.engine.close()
         self._threads.shutdown()
 
 

@@ -43,6 +43,8 @@ class StoredUsers(Users):
     Args:
         keep_choices: False keeps latents alone, half a kilobyte a user; choices can then not be added later.
         refresh: encode all users again where the store is another encoder's.
+        shared: the store is one of several policies with encoders of their own, which embed texts alike. It may be any
+            encoder's: a latent that another one has made is made anew from the choices whenever a user is fetched.
 
     A refresh of this policy's encoder that was broken off goes on when the store is opened.
 
@@ -52,7 +54,15 @@ class StoredUsers(Users):
 
     GROWING = 64  # users whose encoder state is kept, the last to be given choices
 
-    def __init__(self, policy: Steerer, store: UserStore, *, keep_choices: bool = True, refresh: bool = False) -> None:
+    def __init__(
+        self,
+        policy: Steerer,
+        store: UserStore,
+        *,
+        keep_choices: bool = True,
+        refresh: bool = False,
+        shared: bool = False,
+    ) -> None:
         super().__init__(policy)
         self._at_rest, self._keep_choices = store, keep_choices
         self._stamps: dict[str, Stamp] = {}
@@ -65,6 +75,8 @@ class StoredUsers(Users):
         known, towards = about.get("encoder"), about.get("refreshing")
         if refresh or towards == self._fingerprint:
             self.refresh()
+        elif shared and known is not None:
+            pass
         elif towards is not None:
             raise StoreError(
                 "store: expected one that is not being encoded again, got one that is, for another policy's encoder; "
