@@ -107,7 +107,7 @@ def make_bare(base: Any) -> SteerablePolicy:
     A policy steers in some way; film on one block takes no step of its own.
     """
     with torch.inference_mode(False):  # or the fused form could not tell when its parameters change
-        return SteerablePolicy(twin(base), SteeringConfig(EncoderConfig(EMBEDDING, LATENT), (0,)), capacity=2)
+        return SteerablePolicy(twin(base), SteeringConfig(EncoderConfig(EMBEDDING, LATENT), (0,), ()), capacity=2)
 
 
 class Bench:

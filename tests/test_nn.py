@@ -228,7 +228,7 @@ def test_modulator_refuses(arguments, name):
 @torch.no_grad()
 def test_encoder_and_modulator_are_what_writes_the_bank():
     torch.manual_seed(0)
-    encoder, modulator = ContextEncoder(E, H, sampled=True).eval(), Modulator(H, 6, std=1.0)
+    encoder, modulator = ContextEncoder(E, H, inner="linear", sampled=True).eval(), Modulator(H, 6, std=1.0)
     packed, noise, bank = pack_choices(*users([4, 0, 2])), torch.randn(3, H), torch.zeros(5, 6)
     latents = context_rows_(
         bank, torch.tensor([4, 1, 2]), *packed, encoder.weights(), modulation=modulator.weight,
@@ -404,6 +404,7 @@ def saved(tmp_path):
         ({"inner": "deep"}, "inner"),
         ({"sampled": True}, "encoder.outer1"),
         ({"sampled": 1}, "'sampled'"),
+        ({"standardized": 1}, "'standardized'"),
         ({"dropout": 2.0}, "dropout"),
         ({"dropout": float("nan")}, "dropout"),
         ({"dropout": "0.1"}, "'dropout'"),
@@ -420,7 +421,7 @@ def test_load_refuses_a_changed_config(saved, change, message):
 def test_load_refuses_a_config_without_a_field(saved):
     path = saved / "config.json"
     whole = json.loads(path.read_text())
-    for name in set(whole) - {"weights"}:
+    for name in set(whole) - {"weights", "standardized"}:  # as older files have none
         path.write_text(json.dumps({key: value for key, value in whole.items() if key != name}))
         with pytest.raises(CheckpointError, match=f"{name}.*missing"):
             RewardModel.from_pretrained(saved)

@@ -44,14 +44,15 @@ def make_preferences(sign: int, groups: int = 6) -> list[Preference]:
 
 def make_data(length: int = 64, **options: Any) -> PreferenceData:
     users = {"low": make_preferences(1), "high": make_preferences(-1)}
-    return PreferenceData(users, make_tokenizer(), length=length, **{"max_context": 4, **options})
+    return PreferenceData(users, make_tokenizer(), length=length, **{"max_context": 4, "targets": 2, **options})
 
 
 def train_policy(**options: Any) -> SteerablePolicy:
     model = make_model()
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        config = SteeringConfig(EncoderConfig(WIDTH, LATENT, heads=2), True, make_loras(model, "scale_shift"))
+        encoder = EncoderConfig(WIDTH, LATENT, inner="linear", heads=2, dropout=0.1)
+        config = SteeringConfig(encoder, True, make_loras(model, "scale_shift"))
         return SteerablePolicy(model, config, tokenizer=make_tokenizer(), modulation_std=0.1, **options)
 
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 import typer
 
+from fssa_fast.commands.options import warn_outside
+
 if TYPE_CHECKING:
     from fssa_fast.training.config import DataConfig
 
@@ -69,7 +71,9 @@ def _reward_scores(run: Path, setup: Setup, counts: list[int]) -> dict[int, Any]
         choices = [choice for choice in choices if choice.user in set(setup.users)]
     embedder = setup.config.load_embedder(ask_hub=False)
     data = choice_data(choices, None if embedder is None else embedder.encode, path=setup.path)
-    predict = model_predictor(RewardModel.from_pretrained(run))
+    model = RewardModel.from_pretrained(run)
+    warn_outside(model, data.options, str(setup.path))
+    predict = model_predictor(model)
     examples = held_out_examples(data, max_context=max(counts), repeats=4)
     return {count: score(predict, data, truncate(examples, count)) for count in counts}
 

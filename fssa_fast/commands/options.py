@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fssa_fast.nn import RewardModel
     from fssa_fast.policy import SteerablePolicy
 
 Policy = Annotated[Path, typer.Argument(help="A saved policy: the folder with steering.json.")]
@@ -17,6 +20,13 @@ Embedder = Annotated[str | None, typer.Option(help="The embedder's path, if not 
 _STORE = "The users' database: a file, made where there is none, or a URL postgresql://..."
 StoreOption = Annotated[str | None, typer.Option(help=_STORE)]
 Store = Annotated[str, typer.Option(help=_STORE)]
+
+
+def warn_outside(model: RewardModel, options: Tensor, where: str) -> None:
+    """Says on the error stream which features of options [..., E] are beyond those seen in training."""
+    found = model.outside(options)
+    if found is not None:
+        typer.echo(f"warning: {where}: the model extrapolates: {found}", err=True)
 
 
 def load_policy(

@@ -38,6 +38,7 @@ def reward(config: ConfigFile, settings: Set = None, resume: Resume = False) -> 
         examples=run.examples,
         seed=run.seed,
         resume=resume,
+        features=embedder is None,
         provenance={
             "config": asdict(run),
             "data": {"path": run.data.path, "sha256": file_hash(run.data.path)},

@@ -59,6 +59,10 @@ class ChoiceData:
         """E."""
         return self.options.shape[1]
 
+    def used_options(self) -> Tensor:
+        """The options [m, E] that some user chose, or did not choose, each once."""
+        return self.options[torch.from_numpy(np.unique(np.concatenate([own.ravel() for own in self.choices])))]
+
     def of_users(self, picked: Sequence[int]) -> ChoiceData:
         """The same options, and these users only."""
         return replace(self, users=tuple(self.users[i] for i in picked), choices=tuple(self.choices[i] for i in picked))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +41,22 @@ def pack_choices(pairs: Sequence[Tensor], choices: Sequence[Tensor]) -> tuple[Te
     return torch.cat(list(pairs)), torch.cat(list(choices)), counts.cumsum(0)
 
 
+@dataclass(frozen=True)
+class EncoderConfig:
+    """The context encoder: from embeddings of width E to latents of width H.
+
+    Its defaults are everyone's: the modules', the reward models', and those of `fssa train`.
+    """
+
+    embedding_width: int
+    latent_width: int = 64
+    inner: Literal["linear", "mlp"] = "mlp"
+    pooling: Literal["self-attention", "mean", "sum"] = "self-attention"
+    heads: int = 8
+    dropout: float = 0.0
+    sampled: bool = False
+
+
 class ContextEncoder(nn.Module):
     """Encodes each user's choices, however many, to a latent; `fssa_fast.ops.context` has the mathematics.
 
@@ -57,11 +75,11 @@ class ContextEncoder(nn.Module):
         embedding_width: int,
         latent_width: int,
         *,
-        inner: str = "linear",
-        pooling: str = "self-attention",
-        heads: int = 8,
-        dropout: float = 0.1,
-        sampled: bool = False,
+        inner: str = EncoderConfig.inner,
+        pooling: str = EncoderConfig.pooling,
+        heads: int = EncoderConfig.heads,
+        dropout: float = EncoderConfig.dropout,
+        sampled: bool = EncoderConfig.sampled,
     ) -> None:
         super().__init__()
         check_count("embedding_width", embedding_width)

@@ -21,7 +21,8 @@ from fssa_fast.files import (
     weights_path,
     write_pair,
 )
-from fssa_fast.nn.context import ContextEncoder
+from fssa_fast.nn.context import ContextEncoder, EncoderConfig
+from fssa_fast.nn.standardize import Standardize
 
 VERSION = 2
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
@@ -47,10 +48,12 @@ class RewardModel(nn.Module):
     """What the reward models share: the encoder of target options, the decoder, saving and loading.
 
     target: Linear(E, H), ReLU, Linear(H, H); decoder: Linear(., H), BatchNorm, ReLU, Linear(H, outputs), no biases.
+    features: how options are put on one scale, targets' and contexts', where they are features; see `standardize`.
     """
 
     kind: ClassVar[str]
     fields: ClassVar[dict[str, type]] = {"embedding_width": int, "latent_width": int}
+    features: Standardize | None
 
     def __init__(self, embedding_width: int, latent_width: int, *, joined_width: int, outputs: int) -> None:
         super().__init__()
@@ -62,16 +65,33 @@ class RewardModel(nn.Module):
         self.decoder0 = nn.Linear(joined_width, latent_width, bias=False)
         self.norm = nn.BatchNorm1d(latent_width)
         self.decoder1 = nn.Linear(latent_width, outputs, bias=False)
+        self.features = None
 
     @property
     def config(self) -> dict[str, Any]:
         """The constructor's arguments, by name."""
         return {"embedding_width": self.embedding_width, "latent_width": self.latent_width}
 
+    def standardize(self, options: Tensor) -> None:
+        """From now on features are put on the scale of `options` [n, E]: those that the training users chose among.
+
+        Columns on scales of their own (a price, a year) would else be heard by their size. The statistics are saved
+        with the model.
+        """
+        self.features = Standardize.fitted(options).to(self.target0.weight)
+
+    def scaled(self, options: Tensor) -> Tensor:
+        """Options [..., E] on the scale that the model was trained on."""
+        return options if self.features is None else self.features(options)
+
+    def outside(self, options: Tensor) -> str | None:
+        """Which features of options [..., E] are beyond those seen in training, by words; None where none is."""
+        return None if self.features is None or not options.numel() else self.features.outside(options)
+
     def encode_targets(self, targets: Tensor) -> Tensor:
         """Options [U, P, 2, E] to [U, P, 2, H]."""
         check_tensor("targets", targets, (None, None, 2, self.embedding_width), self.target0.weight)
-        return self.target1(self.target0(targets).relu())
+        return self.target1(self.target0(self.scaled(targets)).relu())
 
     def decode(self, hidden: Tensor) -> Tensor:
         """The decoder after its first Linear: [..., H] to [..., outputs]."""
@@ -79,7 +99,7 @@ class RewardModel(nn.Module):
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Writes config.json and the tensors, model-<hash>.safetensors, into `directory`, in one step."""
-        config = {"version": VERSION, "model": self.kind, **self.config}
+        config = {"version": VERSION, "model": self.kind, **self.config, "standardized": self.features is not None}
         write_pair(Path(directory) / CONFIG_NAME, config, WEIGHTS_NAME, self.state_dict())
 
     @classmethod
@@ -100,12 +120,14 @@ class RewardModel(nn.Module):
         if name not in kinds:
             raise CheckpointError(f"{path}: 'model': expected one of {sorted(kinds)}, got {name[:80]!r}")
         kind, weights = kinds[name], weights_path(path, WEIGHTS_NAME, config.pop("weights", WEIGHTS_NAME))
-        check_fields(str(path), config, kind.fields)
+        standardized = config.pop("standardized", False)  # older files have none
+        check_fields(str(path), {**config, "standardized": standardized}, {**kind.fields, "standardized": bool})
         for unknown in sorted(set(config) - set(kind.fields)):
             raise CheckpointError(f"{path}: {unknown[:80]!r} is not a field of {name}")
         try:
             with torch.device("meta"):
                 model = kind(**config)
+                model.features = Standardize(model.embedding_width) if standardized else None
         except ValueError as error:
             raise CheckpointError(f"{path}: {error}") from error
         model.load_state_dict(read_tensors(weights, model.state_dict()), assign=True)
@@ -172,11 +194,11 @@ class NPBTL(RewardModel):
         embedding_width: int,
         latent_width: int,
         *,
-        inner: str = "mlp",
-        pooling: str = "self-attention",
-        heads: int = 8,
-        dropout: float = 0.1,
-        sampled: bool = False,
+        inner: str = EncoderConfig.inner,
+        pooling: str = EncoderConfig.pooling,
+        heads: int = EncoderConfig.heads,
+        dropout: float = EncoderConfig.dropout,
+        sampled: bool = EncoderConfig.sampled,
     ) -> None:
         super().__init__(embedding_width, latent_width, joined_width=2 * latent_width, outputs=1)
         self.encoder = ContextEncoder(
@@ -187,6 +209,10 @@ class NPBTL(RewardModel):
     def config(self) -> dict[str, Any]:
         """The constructor's arguments, by name."""
         return self.encoder.config
+
+    def encode(self, pairs: Tensor, choices: Tensor, offsets: Tensor) -> Tensor:
+        """Users' packed choices to [U, Z], as `ContextEncoder`, of options as they come."""
+        return self.encoder(self.scaled(pairs), choices, offsets)
 
     def rewards(self, targets: Tensor, latents: Tensor) -> Tensor:
         """Rewards of options [U, P, 2, E] under latents [U, H] or, for S samples, [S, U, H].
@@ -215,7 +241,7 @@ class NPBTL(RewardModel):
         Returns: [U, P, 2], or [S, U, P, 2] where noise is [S, U, H].
         Raises: ValueError, TypeError naming the argument.
         """
-        return self.rewards(targets, self.encoder.latents(pairs, choices, offsets, noise))
+        return self.rewards(targets, self.encoder.latents(self.scaled(pairs), choices, offsets, noise))
 
     def log_probs(self, rewards: Tensor) -> Tensor:
         """Log-probability, shaped like rewards, that option 0, and option 1, is preferred."""

@@ -30,6 +30,8 @@ from fssa_fast.users.store import UserStore
 from fssa_fast.users.stored_users import StoredUsers
 from fssa_fast.users.users import Users
 
+MODULATION_STD, MODULATION_MEAN = 0.1, 1.0  # as a policy begins, whoever makes it
+
 
 class SteerablePolicy(nn.Module):
     """Attaches steering to a causal LM, in place, and holds what makes users of choices: encoder, modulator, bank.
@@ -60,8 +62,8 @@ class SteerablePolicy(nn.Module):
         embedder: TextEmbedder | None = None,
         chat: bool | None = None,
         capacity: int = 64,
-        modulation_std: float = 0.0,
-        modulation_mean: float = 1.0,
+        modulation_std: float = MODULATION_STD,
+        modulation_mean: float = MODULATION_MEAN,
     ) -> None:
         super().__init__()
         if embedder is not None and embedder.width != config.encoder.embedding_width:

@@ -6,27 +6,16 @@ import difflib
 import math
 import types
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from fssa_fast.nn.context import EncoderConfig
 
 FORMAT_VERSION = 2
 
 
 class ConfigError(ValueError):
     """A configuration with an unknown key, a missing one, or a value of the wrong kind."""
-
-
-@dataclass(frozen=True)
-class EncoderConfig:
-    """The context encoder: from embeddings of width E to latents of width H."""
-
-    embedding_width: int
-    latent_width: int = 256
-    inner: Literal["linear", "mlp"] = "linear"
-    pooling: Literal["self-attention", "mean", "sum"] = "self-attention"
-    heads: int = 8
-    dropout: float = 0.1
-    sampled: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,11 +45,11 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class SteeringConfig:
-    """FiLM on the blocks (all, some by index, or none), and any number of adapters."""
+    """FiLM on the blocks (all, some by index, or none), and any number of adapters; by default one on q and v."""
 
     encoder: EncoderConfig
     film: bool | tuple[int, ...] = True
-    loras: tuple[LoraConfig, ...] = field(default_factory=tuple)
+    loras: tuple[LoraConfig, ...] = (LoraConfig(),)
 
     def __post_init__(self) -> None:
         blocks = self.film if isinstance(self.film, tuple) else ()

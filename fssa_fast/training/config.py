@@ -13,7 +13,8 @@ from transformers import TrainingArguments
 
 from fssa_fast.files import CheckpointError, parse_yaml, read_text
 from fssa_fast.hub import find_folder, is_hub_id
-from fssa_fast.steering.config import ConfigError, LoraConfig, did_you_mean, from_json
+from fssa_fast.policy.policy import MODULATION_MEAN, MODULATION_STD
+from fssa_fast.steering.config import ConfigError, EncoderConfig, LoraConfig, SteeringConfig, did_you_mean, from_json
 from fssa_fast.training.fit import ExamplesConfig, RewardConfig
 from fssa_fast.training.policy import NPDPOArguments
 from fssa_fast.training.reward import RewardArguments
@@ -85,11 +86,11 @@ class PolicyRun:
     output: str
     dtype: Literal["float32", "bfloat16"] = "float32"
     reward: str | None = None
-    latent_width: int = 64
-    film: bool = True
-    loras: tuple[LoraConfig, ...] = (LoraConfig(),)
-    modulation_std: float = 0.1
-    modulation_mean: float = 1.0
+    latent_width: int = EncoderConfig.latent_width
+    film: bool | tuple[int, ...] = SteeringConfig.film
+    loras: tuple[LoraConfig, ...] = SteeringConfig.loras
+    modulation_std: float = MODULATION_STD
+    modulation_mean: float = MODULATION_MEAN
     chat: bool | Literal["auto"] = "auto"
     examples: PolicyExamplesConfig = field(default_factory=PolicyExamplesConfig)
     training: dict = field(default_factory=dict)

@@ -65,7 +65,7 @@ class PreferenceData(Dataset[dict[str, Any]]):
         length: int,
         min_context: int = 0,
         max_context: int = 10,
-        targets: int = 2,
+        targets: int = 1,
         max_tokens: int = 256,
         seed: int = 0,
     ) -> None:

@@ -13,7 +13,7 @@ import torch
 from transformers import PrinterCallback
 
 from fssa_fast.data.choices import ChoiceData, ChoiceExamples, held_out_examples
-from fssa_fast.nn import BTL, DPL, NPBTL, RewardModel
+from fssa_fast.nn import BTL, DPL, NPBTL, EncoderConfig, RewardModel
 from fssa_fast.records import environment
 from fssa_fast.training.reward import RewardArguments, RewardTrainer, scale_first_layers
 from fssa_fast.training.runs import last_checkpoint, write_run
@@ -24,12 +24,12 @@ class RewardConfig:
     """A reward model: its kind, its widths and, for np-btl, its context encoder as `NPBTL` has it."""
 
     kind: Literal["np-btl", "btl", "dpl"] = "np-btl"
-    latent_width: int = 64
-    inner: Literal["linear", "mlp"] = "mlp"
-    pooling: Literal["self-attention", "mean", "sum"] = "self-attention"
-    heads: int = 8
-    dropout: float = 0.0
-    sampled: bool = False
+    latent_width: int = EncoderConfig.latent_width
+    inner: Literal["linear", "mlp"] = EncoderConfig.inner
+    pooling: Literal["self-attention", "mean", "sum"] = EncoderConfig.pooling
+    heads: int = EncoderConfig.heads
+    dropout: float = EncoderConfig.dropout
+    sampled: bool = EncoderConfig.sampled
 
     def build(self, embedding_width: int) -> RewardModel:
         """A fresh model."""
@@ -71,6 +71,7 @@ def fit_reward(
     examples: ExamplesConfig | None = None,
     seed: int = 0,
     resume: bool = False,
+    features: bool = False,
     provenance: Mapping[str, Any] | None = None,
 ) -> RewardModel:
     """Trains a reward model and leaves it, in evaluation mode, in `directory`, with run.json beside it.
@@ -81,6 +82,8 @@ def fit_reward(
             disable_tqdm nothing is printed.
         examples: how examples are drawn. seed: of weights, examples and noise.
         resume: goes on from the directory's last whole checkpoint, where there is one.
+        features: whether options are features, each on a scale of its own, not embeddings: they are standardized by
+            the training users', and the statistics saved with the model.
         provenance: what else run.json should say.
     """
     drawn, settings = examples or ExamplesConfig(), {**DEFAULTS, **(training or {})}
@@ -92,7 +95,10 @@ def fit_reward(
     args = RewardArguments(output_dir=str(directory), seed=seed, **settings)
     torch.manual_seed(seed)
     model = config.build(train.width)
-    scale_first_layers(model, train.options)
+    if features:
+        model.standardize(train.used_options())
+    else:
+        scale_first_layers(model, train.options)
     length = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     data = ChoiceExamples(train, length=length, max_context=drawn.max_context, targets=drawn.targets, seed=seed)
     held = None

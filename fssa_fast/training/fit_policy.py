@@ -143,9 +143,11 @@ def fit_policy(config: PolicyRun, *, resume: bool = False, quiet: bool = False) 
         reward = RewardModel.from_pretrained(config.reward)
         if not isinstance(reward, NPBTL):
             raise ConfigError(f"reward: expected an np-btl model, got {reward.kind} in {config.reward}")
+        if reward.features is not None:
+            raise ConfigError(f"reward: expected one that was trained on texts, got one on features in {config.reward}")
         encoder = reward.encoder
     steering = SteeringConfig(
-        EncoderConfig(embedder.width, config.latent_width, inner="mlp", dropout=0.0)
+        EncoderConfig(embedder.width, config.latent_width)
         if encoder is None
         else EncoderConfig(**encoder.config),  # type: ignore[arg-type]
         config.film,

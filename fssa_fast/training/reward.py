@@ -65,7 +65,7 @@ def reward_loss(model: RewardModel, batch: dict[str, Tensor], args: RewardArgume
         return dpl(model(targets), choices)
     assert isinstance(model, NPBTL)
     encoder = model.encoder
-    encoded = encoder(batch["pairs"], batch["choices"], batch["offsets"])
+    encoded = model.encode(batch["pairs"], batch["choices"], batch["offsets"])
     if not encoder.sampled:
         return np_btl(model.rewards(targets, encoded), choices).loss
     context = encoder.distribution(encoded)
@@ -73,7 +73,7 @@ def reward_loss(model: RewardModel, batch: dict[str, Tensor], args: RewardArgume
     if args.bound == "variational":
         target: Distribution = (torch.zeros_like(context[0]), torch.ones_like(context[1]))
     else:
-        target = encoder.distribution(encoder(*with_targets(batch)))
+        target = encoder.distribution(model.encode(*with_targets(batch)))
         drawn = target if args.bound == "neural-process" else context
     noise = torch.randn(args.samples, *drawn[0].shape, device=targets.device)
     latents = drawn[0] + drawn[1] * noise
@@ -148,7 +148,8 @@ class RewardTrainer(NamesNaN, Trainer):
         **options: Any,
     ) -> None:
         data = train_dataset.data
-        self._spread = float(data.options.std()) if len(data.options) > 1 else 0.0
+        # Of features each has its own, of an embedding's numbers all have one.
+        self._spread = data.options.std() if model.features is None else model.features.spread
         self._validation = None if validation is None else (validation[0], vary_contexts(validation[1]))
         super().__init__(
             model=Objective(model, args),
@@ -164,7 +165,7 @@ class RewardTrainer(NamesNaN, Trainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         if self.args.embedding_noise:
-            size = self.args.embedding_noise * self._spread
+            size = self.args.embedding_noise * self._spread.to(inputs["pairs"])
             inputs = inputs | {n: inputs[n] + size * torch.randn_like(inputs[n]) for n in ("pairs", "targets")}
         warmup = self.args.kl_warmup_ratio * self.state.max_steps
         weight = self.args.kl_weight * (min(1.0, self.state.global_step / warmup) if warmup else 1.0)
