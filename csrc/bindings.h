@@ -46,6 +46,20 @@ inline fssa_slots slots_of(const Slots &s) {
   return {at(std::get<0>(s)), std::get<1>(s), std::get<2>(s), std::get<3>(s), std::get<4>(s)};
 }
 
+// (scale, shift)
+using Film = std::pair<Matrix, Matrix>;
+inline fssa_film film_of(const Film &f) { return {in(f.first), in(f.second)}; }
+
+// (weight, eps)
+using Norm = std::pair<Address, float>;
+inline fssa_norm norm_of(const Norm &n) { return {at(n.first), n.second}; }
+
+// (gamma, beta, gamma's column stride)
+using Modulation = std::tuple<Matrix, Matrix, int64_t>;
+inline fssa_modulation modulation_of(const Modulation &m) {
+  return {in(std::get<0>(m)), in(std::get<1>(m)), std::get<2>(m)};
+}
+
 // (rank, width, y or its gradient, b, the result)
 using Part = std::tuple<int64_t, int64_t, Matrix, Matrix, Matrix>;
 template <class To>
@@ -56,27 +70,37 @@ std::vector<To> parts_of(const std::vector<Part> &parts) {
   return result;
 }
 
-// (N, U, E, H, Z, heads, inner, pooling)
-using Encoder = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int, int>;
-inline fssa_context_input context_input(int code, const Encoder &e, Address pairs, Address choices, Address offsets,
-                                        const std::vector<Address> &w, int threads) {
+// (E, H, Z, heads, inner, pooling)
+using Encoder = std::tuple<int64_t, int64_t, int64_t, int64_t, int, int>;
+// (dtype, N, U, encoder, pairs, choices, offsets, weights)
+using ContextInput =
+    std::tuple<int, int64_t, int64_t, Encoder, Address, Address, Address, std::vector<Address>>;
+inline fssa_context_input context_input(const ContextInput &given, int threads) {
+  const auto &[code, count, users, encoder, pairs, choices, offsets, w] = given;
+  const auto &[embedding, latent, encoded, heads, inner, pooling] = encoder;
   if (w.size() != 12) throw py::value_error("weights: expected 12 addresses");
-  const auto [count, users, embedding, latent, encoded, heads, inner, pooling] = e;
   return {dtype(code),
           count,
           users,
-          embedding,
-          latent,
-          encoded,
-          heads,
-          static_cast<fssa_inner>(inner),
-          static_cast<fssa_pooling>(pooling),
+          {embedding, latent, encoded, heads, static_cast<fssa_inner>(inner), static_cast<fssa_pooling>(pooling)},
           at(pairs),
           at<const int64_t>(choices),
           at<const int64_t>(offsets),
           {at(w[0]), at(w[1]), at(w[2]), at(w[3]), at(w[4]), at(w[5]), at(w[6]), at(w[7]), at(w[8]), at(w[9]), at(w[10]),
            at(w[11])},
           threads};
+}
+
+// (dtype, rows, their width, the users' slots)
+using Bank = std::tuple<int, Matrix, int64_t, Slots>;
+// (modulation, its bias, noise, latents)
+using Latents = std::tuple<Address, Address, Address, Address>;
+inline fssa_context_rows_args context_rows_args(const ContextInput &input, const Bank &bank, const Latents &latents,
+                                                int threads) {
+  const auto &[code, rows, width, slots] = bank;
+  const auto [modulation, bias, noise, to] = latents;
+  return {context_input(input, threads), dtype(code), out(rows), width, slots_of(slots), at(modulation), at(bias),
+          at(noise), at<void>(to)};
 }
 
 }  // namespace fssa::bindings

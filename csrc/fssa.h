@@ -53,24 +53,42 @@ typedef struct {
   int64_t limit;
 } fssa_slots;
 
-/* y = x * (1 + scale[slot]) + shift[slot] */
+/* What film does to a row: x * (1 + scale[slot]) + shift[slot]. */
+typedef struct {
+  fssa_input scale, shift;
+} fssa_film;
+
+/* weight * x / sqrt(mean(x^2) + eps) */
+typedef struct {
+  const void *weight;
+  float eps;
+} fssa_norm;
+
+/* What an adapter does to a row of hidden: gamma[slot] * hidden + beta[slot]. */
+typedef struct {
+  fssa_input gamma, beta;      /* beta.data NULL: zeros */
+  int64_t gamma_column_stride; /* 1, or 0 where a row of gamma is one number */
+} fssa_modulation;
+
+/* y = film(x) */
 typedef struct {
   fssa_dtype dtype;
   int64_t rows, width;
-  fssa_input x, scale, shift;
+  fssa_input x;
+  fssa_film film;
   fssa_slots slots;
   fssa_output y;
   int32_t threads;
 } fssa_film_args;
 
-/* hidden = film(residual + x), normed = weight * hidden / sqrt(mean(hidden^2) + eps) */
+/* hidden = film(residual + x), normed = norm(hidden) */
 typedef struct {
   fssa_dtype dtype;
   int64_t rows, width;
-  fssa_input x, residual, scale, shift;
+  fssa_input x, residual;
+  fssa_film film;
   fssa_slots slots;
-  const void *weight;
-  float eps;
+  fssa_norm norm;
   fssa_output hidden, normed;
   int32_t threads;
 } fssa_film_norm_args;
@@ -86,14 +104,18 @@ typedef struct {
 } fssa_film_backward_args;
 
 typedef struct {
-  fssa_dtype dtype;
-  int64_t rows, width;
-  fssa_input grad_hidden, grad_normed, x, residual, scale, shift;
-  fssa_slots slots;
-  const void *weight;
-  float eps;
   fssa_output dx, dscale, dshift;
   void *dweight;
+} fssa_film_norm_gradients;
+
+typedef struct {
+  fssa_dtype dtype;
+  int64_t rows, width;
+  fssa_input grad_hidden, grad_normed, x, residual;
+  fssa_film film;
+  fssa_slots slots;
+  fssa_norm norm;
+  fssa_film_norm_gradients gradients;
   int32_t threads;
 } fssa_film_norm_backward_args;
 
@@ -104,12 +126,12 @@ typedef struct {
   fssa_output out;
 } fssa_lora_part;
 
-/* hidden = gamma[slot] * (x a^T) + beta[slot], a [sum of ranks, width]. */
+/* hidden = modulation(x a^T), a [sum of ranks, width]. */
 typedef struct {
   fssa_dtype dtype;
   int64_t rows, width;
-  fssa_input x, a, gamma, beta; /* beta.data NULL: zeros */
-  int64_t gamma_column_stride;  /* 1, or 0 where a row of gamma is one number */
+  fssa_input x, a;
+  fssa_modulation modulation;
   fssa_slots slots;
   float scaling;
   const fssa_lora_part *parts;
@@ -125,15 +147,19 @@ typedef struct {
 
 /* dgamma and dbeta have `slots.limit` rows, all written. */
 typedef struct {
+  fssa_output dx, da, dgamma, dbeta;
+} fssa_lora_gradients;
+
+typedef struct {
   fssa_dtype dtype;
   int64_t rows, width;
-  fssa_input x, a, gamma, beta;
-  int64_t gamma_column_stride;
+  fssa_input x, a;
+  fssa_modulation modulation;
   fssa_slots slots;
   float scaling;
   const fssa_lora_backward_part *parts;
   int64_t part_count;
-  fssa_output dx, da, dgamma, dbeta;
+  fssa_lora_gradients gradients;
   int32_t threads;
 } fssa_lora_backward_args;
 
@@ -147,12 +173,18 @@ typedef struct {
   const void *outer1, *outer1_bias;                      /* [Z, H] */
 } fssa_context_weights;
 
+/* An encoder's widths and kind. */
+typedef struct {
+  int64_t embedding_width, latent_width, encoded_width, heads; /* E, H, Z */
+  fssa_inner inner;
+  fssa_pooling pooling;
+} fssa_context_encoder;
+
 /* What is encoded: pairs [N, 2, E], contiguous; user u has the pairs offsets[u] .. offsets[u + 1]. */
 typedef struct {
   fssa_dtype dtype;
-  int64_t pair_count, users, embedding_width, latent_width, encoded_width, heads; /* N, U, E, H, Z */
-  fssa_inner inner;
-  fssa_pooling pooling;
+  int64_t pair_count, users; /* N, U */
+  fssa_context_encoder encoder;
   const void *pairs;
   const int64_t *choices, *offsets;
   fssa_context_weights weights;
@@ -199,12 +231,12 @@ typedef struct {
   int32_t threads;
 } fssa_linear_args;
 
-/* One adapter whose product with A is known: y += (gamma[slot] * hidden + beta[slot]) b. b [rank, width] lies in panels,
- * as linear's weight, and contains the adapter's scaling. */
+/* One adapter whose product with A is known: y += modulation(hidden) b. b [rank, width] lies in panels, as linear's
+ * weight, and contains the adapter's scaling. */
 typedef struct {
   int64_t rank, width;
-  fssa_input hidden, gamma, beta; /* beta.data NULL: zeros */
-  int64_t gamma_column_stride;    /* 1, or 0 where a row of gamma is one number */
+  fssa_input hidden;
+  fssa_modulation modulation;
   const void *b;
   fssa_output y;
 } fssa_adapt_part;
@@ -230,35 +262,58 @@ typedef struct {
   int32_t threads;
 } fssa_gate_args;
 
-/* Of every token the norms of queries and keys (a NULL weight: none), their rotary positions, the write of key and value
- * into the cache, and then attention over what the cache holds of the token's sequence, up to and with the token itself.
- *
- * The cache is made of blocks of 32 positions, keys [blocks][kv_heads][head_width][32], values [blocks][kv_heads][32]
- * [head_width], in bfloat16 keys [..][head_width / 2][32][2] and values [..][16][head_width][2], 64 readable elements behind
- * the last; head_width is even; position p of sequence s lies in block table[s][p / 32].
- * cos and sin are [positions, head_width], float32. A window of 0 is none; so is a softcap of 0. */
+/* Attention's heads: `heads` of queries share, in groups, `kv_heads` of keys and values. head_width is even. */
 typedef struct {
-  fssa_dtype dtype;
-  int64_t tokens, heads, kv_heads, head_width;
+  int64_t heads, kv_heads, head_width;
+} fssa_heads;
+
+/* The tokens that attend: their queries, keys and values, and where in which sequence each stands. */
+typedef struct {
+  int64_t count;
   fssa_input q, k, v;
+  const int32_t *positions, *sequences;
+} fssa_tokens;
+
+/* What is done to queries and keys: a norm of each head, of a NULL weight none, and the rotation by the position. */
+typedef struct {
   const void *q_norm, *k_norm;
   float eps;
-  const float *cos, *sin;
-  int64_t position_limit; /* rows of cos and sin */
-  const int32_t *positions, *sequences;
-  const int32_t *table;
-  int64_t sequence_limit, table_stride; /* rows and columns of the table */
+  const float *cos, *sin; /* [positions, head_width] */
+  int64_t positions;
+} fssa_rotary;
+
+/* Keys and values in blocks of 32 positions: keys [blocks][kv_heads][head_width][32], values [blocks][kv_heads][32]
+ * [head_width], in bfloat16 keys [..][head_width / 2][32][2] and values [..][16][head_width][2], 64 readable elements
+ * behind the last. Position p of sequence s lies in block table[s][p / 32]. */
+typedef struct {
   void *keys, *values;
-  int64_t block_limit;
+  int64_t blocks;
+  const int32_t *table;
+  int64_t sequences, table_stride; /* rows and columns of the table */
+} fssa_block_cache;
+
+/* How a score is made of a product; a softcap of 0 is none, and a window of 0 lets all be seen. */
+typedef struct {
   float scale, softcap;
   int64_t window;
+} fssa_scores;
+
+/* Of every token the rotary query and key, the write of key and value into the cache, and then attention over what the
+ * cache holds of the token's sequence, up to and with the token itself. */
+typedef struct {
+  fssa_dtype dtype;
+  fssa_heads heads;
+  fssa_tokens tokens;
+  fssa_rotary rotary;
+  fssa_block_cache cache;
+  fssa_scores scores;
   fssa_output out; /* [tokens, heads * head_width] */
   int32_t threads;
 } fssa_attention_args;
 
 FSSA_API const char *fssa_last_error(void);
 
-/* The instruction set that the CPU ops use: "scalar", "avx2" or "avx512". The best that the machine has, unless the
+/* The instruction set that the CPU ops use: "scalar", "avx2", "avx512" or "avx512_bf16". The best that the machine has, unless the
  * environment variable FSSA_CPU_ISA or fssa_set_cpu_isa says otherwise. */
 FSSA_API fssa_status fssa_cpu_isa(const char **name);
 FSSA_API fssa_status fssa_set_cpu_isa(const char *name);

@@ -35,6 +35,7 @@ def adapt_kernel(
     met = m < rows
     slot = tl.load(slots_ptr + m, mask=met, other=0).to(tl.int64)
     tile = tl.program_id(1)
+    # Unrolled over the ys, of which a program meets one: a tuple's pointers can be chosen only when it is compiled.
     for i in tl.static_range(len(y_ptrs)):
         tiles = tl.cdiv(columns[i], COLUMNS)
         if (tile >= 0) & (tile < tiles):
@@ -116,7 +117,7 @@ def remember_kernel(
     g = tl.arange(0, HEADS)
     h = tl.arange(0, HALF)
     d = tl.arange(0, WIDTH)
-    met = g < tl.where(sequence < 0, 0, heads)
+    met = g < tl.where(sequence < 0, 0, heads)  # nobody's token goes the same way and writes nothing
     low, high = _turned(
         k_ptr + token * k_stride + g * width, met, norm_ptr, cos_ptr + position * width, sin_ptr + position * width,
         half, eps, NORM, HALF,
@@ -170,7 +171,7 @@ def _tanh(x):
     """tanh within some roundings of its value; where it is small, by a continued fraction, since 1 - exp cancels."""
     square = x * x
     small = x * (945 + square * (105 + square)) / (945 + square * (420 + 15 * square))
-    e = tl.exp(-2 * tl.abs(x))
+    e = tl.exp(-2 * tl.abs(x))  # of -|x|: never infinite
     large = (1 - e) / (1 + e)
     return tl.where(tl.abs(x) < 0.6, small, tl.where(x < 0, -large, large))
 
@@ -229,17 +230,19 @@ def attend_kernel(
     low, high = _turned(
         q_ptr + token * q_stride + (head * group + g) * width, met, norm_ptr, cos, sin, half, eps, NORM, HALF
     )
+    # The halves of a head are multiplied apart and summed, so that the rotation never has to join them.
     low = narrow(low, keys_ptr.dtype.element_ty)
     high = narrow(high, keys_ptr.dtype.element_ty)
     pages = table_ptr + sequence * table_stride
     page_size = heads * width * PAGE
     own_keys = keys_ptr + head * width * PAGE
     own_values = values_ptr + head * width * PAGE
-    # A finite number that is less than all scores: the distance of two of them is a number.
+    # A finite number that is less than all scores: -inf - -inf, of chunks in which nothing is seen, would be NaN.
     top = tl.full([GROUP], -1e38, tl.float32)
     total = tl.zeros([GROUP], tl.float32)
     sums = tl.zeros([GROUP, WIDTH], tl.float32)
     STRETCH: tl.constexpr = min(STEP, PAGE)  # of positions whose keys are neighbours
+    # Sums are made a chunk at a time even where one program does all: with join_kernel's, the bits are the same.
     for chunk in range(first, last):
         chunk_top = tl.full([GROUP], -1e38, tl.float32)
         chunk_total = tl.zeros([GROUP], tl.float32)
@@ -424,7 +427,7 @@ def attend_(
     parts = configs.attend_parts(len(q) * heads, table.shape[1] * page, tile)
     sums = q.new_empty(parts, len(q), heads * group, width, dtype=torch.float32) if parts > 1 else q
     tops, totals = sums.new_empty(2, *sums.shape[:-1]) if parts > 1 else (q, q)
-    lanes = max(16, triton.next_power_of_2(group))
+    lanes = max(16, triton.next_power_of_2(group))  # of queries: what a product of tensor cores has at least
     full = triton.next_power_of_2(width)
     attend_kernel[(len(q), heads, parts)](
         q, q if rotary.norm is None else rotary.norm, rotary.cos, rotary.sin, positions, sequences, table, keys, values,

@@ -19,16 +19,16 @@ from fssa_fast.arguments import ContextWeights
 from fssa_fast.kernels import configs
 from fssa_fast.kernels.common import accumulate, as_rows, constants, store
 from fssa_fast.kernels.context_few import FEW, FEWER, pool_few
-from fssa_fast.kernels.context_linears import Choices, Scratch, encode_pooled
+from fssa_fast.kernels.context_linears import Choices, Encoded, Scratch, Shape, encode_pooled
 from fssa_fast.kernels.context_many import take_turn
 
 
 @triton.jit(do_not_specialize=["users", "tiles"])
 def context_encode_kernel(
-    given, w, noise_ptr, noise_stride, scratch, encoded_ptr, users, tiles, width, outputs, heads, depth, exponent,
+    given, w, scratch, to, users, tiles, shape,
     MEAN: tl.constexpr, SOME_FEW: tl.constexpr, SOME_MANY: tl.constexpr, MANY, TILE,
 ):  # fmt: skip
-    """encoded [U, outputs]; with noise latents. Programs: the users, if SOME_FEW, then the turns, if SOME_MANY.
+    """Fills `to`. Programs: the users, if SOME_FEW, then the turns, if SOME_MANY.
 
     Each way has its own copy of `encode_pooled`: one for both takes more registers than there are.
     """
@@ -39,21 +39,19 @@ def context_encode_kernel(
         begin = tl.load(given.offsets + user).to(tl.int64)
         count = (tl.load(given.offsets + user + 1) - begin).to(tl.int32)
         if count <= FEW:
-            vectors = scratch.vectors + user * (4 * width)
+            vectors = scratch.vectors + user * (4 * shape.width)
             if count <= FEWER:
-                pool_few(given, w, scratch, vectors, begin, count, width, heads, depth, exponent, MEAN, FEWER, TILE)
+                pool_few(given, w, scratch, vectors, begin, count, shape, MEAN, FEWER, TILE)
             else:
-                pool_few(given, w, scratch, vectors, begin, count, width, heads, depth, exponent, MEAN, FEW, TILE)
+                pool_few(given, w, scratch, vectors, begin, count, shape, MEAN, FEW, TILE)
             tl.debug_barrier()
-            encode_pooled(user, count, w, noise_ptr, noise_stride, vectors, encoded_ptr, width, outputs, TILE)
+            encode_pooled(user, count, w, to, vectors, shape.width, TILE)
     else:
         if SOME_MANY:
-            user, count, vectors, complete = take_turn(
-                given, w, scratch, users, tiles, width, heads, depth, exponent, MEAN, MANY, TILE
-            )
+            user, count, vectors, complete = take_turn(given, w, scratch, users, tiles, shape, MEAN, MANY, TILE)
             if complete:
                 tl.debug_barrier()
-                encode_pooled(user, count, w, noise_ptr, noise_stride, vectors, encoded_ptr, width, outputs, TILE)
+                encode_pooled(user, count, w, to, vectors, shape.width, TILE)
 
 
 @triton.jit(do_not_specialize=["users"])
@@ -128,10 +126,11 @@ def encode(call: Call, outputs: int, noise: Tensor | None) -> tuple[Tensor, Tens
     )
     if users:
         context_encode_kernel[(users * some_few + turns,)](
-            Choices(pairs, call.choices, call.offsets, embedding, pairs.stride(0), pairs.stride(1)), w, noise,
-            0 if noise is None else noise.stride(0), scratch, encoded, users, tiles, width, outputs, call.heads, depth,
-            configs.LOG2E * depth**-0.5, MEAN=call.pooling == "mean", SOME_FEW=some_few, SOME_MANY=some_many,
-            MANY=constants(many), TILE=constants(tile), num_warps=tile.warps, num_stages=1,
+            Choices(pairs, call.choices, call.offsets, embedding, pairs.stride(0), pairs.stride(1)), w, scratch,
+            Encoded(noise, 0 if noise is None else noise.stride(0), encoded, outputs), users, tiles,
+            Shape(width, call.heads, depth, configs.LOG2E * depth**-0.5), MEAN=call.pooling == "mean",
+            SOME_FEW=some_few, SOME_MANY=some_many, MANY=constants(many), TILE=constants(tile), num_warps=tile.warps,
+            num_stages=1,
         )  # fmt: skip
     return encoded, scratch.vectors
 

@@ -6,6 +6,7 @@ Plain gradients of linears are left to torch, as a well-kept library does them b
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from torch import Tensor
 from fssa_fast.kernels import configs
 from fssa_fast.kernels.common import accumulate, dot, narrow, store
 from fssa_fast.kernels.context import Call, encode
+from fssa_fast.kernels.context_linears import Shape
 from fssa_fast.kernels.context_many import last_user
 
 
@@ -33,60 +35,69 @@ def _span_of_tile(offsets_ptr, users, tile, PAIRS: tl.constexpr):
     return user, first, last, begin
 
 
+class Attention(NamedTuple):
+    """What the attention's kernels read; the first of them writes norms and means."""
+
+    qkv: Tensor  # [N, 3H]
+    weights: Tensor  # float32 [N, heads]: a key's value by the gradient of its user's pooled vector
+    offsets: Tensor  # [U + 1]
+    norms: Tensor  # float32 [N, heads]: log2 of the softmax's denominator, exponents in base 2
+    means: Tensor  # float32 [N, heads]: the softmax's mean of weights
+
+
 @triton.jit(do_not_specialize=["users"])
 def context_statistics_kernel(
-    qkv_ptr, weights_ptr, offsets_ptr, norms_ptr, means_ptr, users, width, depth, heads, exponent,
-    PAIRS: tl.constexpr, DEPTH: tl.constexpr,
-):  # fmt: skip
-    """Program (tile of queries, head): norms [N, heads], log2 of the softmax's denominator, exponents in base 2; and
-    means [N, heads], the softmax's mean of weights [N, heads].
-    """
+    given, users, shape, PAIRS: tl.constexpr, DEPTH: tl.constexpr
+):
+    """Program (tile of queries, head): norms and means."""
+    width, heads, depth = shape.width, shape.heads, shape.depth
     head = tl.program_id(1)
-    user, first, last, begin = _span_of_tile(offsets_ptr, users, tl.program_id(0), PAIRS)
+    user, first, last, begin = _span_of_tile(given.offsets, users, tl.program_id(0), PAIRS)
     if begin < last:
         query = begin + tl.arange(0, PAIRS)
-        q_rows = qkv_ptr + query * (3 * width) + head * depth
+        q_rows = given.qkv + query * (3 * width) + head * depth
         high = tl.full([PAIRS], float("-inf"), tl.float32)
         total = tl.zeros([PAIRS], tl.float32)
         mean = tl.zeros([PAIRS], tl.float32)
         for start in range(first, last, PAIRS):
             key = start + tl.arange(0, PAIRS)
-            k_rows = qkv_ptr + key * (3 * width) + width + head * depth
+            k_rows = given.qkv + key * (3 * width) + width + head * depth
             score = tl.zeros([PAIRS, PAIRS], tl.float32)
-            score = accumulate(score, q_rows, k_rows, query < last, key < last, depth, False, DEPTH) * exponent
+            score = accumulate(score, q_rows, k_rows, query < last, key < last, depth, False, DEPTH) * shape.exponent
             score = tl.where((key < last)[None, :], score, float("-inf"))
             higher = tl.maximum(high, tl.max(score, 1))
             p = tl.exp2(score - higher[:, None])
             total = total * tl.exp2(high - higher) + tl.sum(p, 1)
-            weight = tl.load(weights_ptr + key * heads + head, mask=key < last, other=0.0)
-            mean = mean * tl.exp2(high - higher) + tl.sum(p * weight[None, :], 1)
+            weight = tl.load(given.weights + key * heads + head, mask=key < last, other=0.0)
+            mean = mean * tl.exp2(high - higher) + tl.sum(p * weight[None, :], 1)  # in the same pass: no p is kept
             high = higher
-        store(norms_ptr + query * heads + head, high + tl.log2(total), query < last)
-        store(means_ptr + query * heads + head, mean / total, query < last)
+        store(given.norms + query * heads + head, high + tl.log2(total), query < last)
+        store(given.means + query * heads + head, mean / total, query < last)
 
 
 @triton.jit(do_not_specialize=["users"])
 def context_queries_kernel(
-    qkv_ptr, weights_ptr, offsets_ptr, norms_ptr, means_ptr, dqkv_ptr, users, width, depth, heads, exponent, scale,
-    PAIRS: tl.constexpr, DEPTH: tl.constexpr,
-):  # fmt: skip
+    given, dqkv_ptr, users, shape, scale, PAIRS: tl.constexpr, DEPTH: tl.constexpr
+):
     """Program (tile of queries, head, stretch of its depth): dq_i = scale sum_j p_ij (w_j - mean_i) k_j."""
+    width, heads, depth = shape.width, shape.heads, shape.depth
     head = tl.program_id(1)
-    user, first, last, begin = _span_of_tile(offsets_ptr, users, tl.program_id(0), PAIRS)
+    user, first, last, begin = _span_of_tile(given.offsets, users, tl.program_id(0), PAIRS)
     if begin < last:
         query = begin + tl.arange(0, PAIRS)
         d = tl.program_id(2) * DEPTH + tl.arange(0, DEPTH)
-        q_rows = qkv_ptr + query * (3 * width) + head * depth
-        norm = tl.load(norms_ptr + query * heads + head, mask=query < last, other=0.0)
-        mean = tl.load(means_ptr + query * heads + head, mask=query < last, other=0.0)
+        q_rows = given.qkv + query * (3 * width) + head * depth
+        norm = tl.load(given.norms + query * heads + head, mask=query < last, other=0.0)
+        mean = tl.load(given.means + query * heads + head, mask=query < last, other=0.0)
         total = tl.zeros([PAIRS, DEPTH], tl.float32)
         for start in range(first, last, PAIRS):
             key = start + tl.arange(0, PAIRS)
-            k_rows = qkv_ptr + key * (3 * width) + width + head * depth
+            k_rows = given.qkv + key * (3 * width) + width + head * depth
             score = tl.zeros([PAIRS, PAIRS], tl.float32)
-            score = accumulate(score, q_rows, k_rows, query < last, key < last, depth, False, DEPTH) * exponent
+            score = accumulate(score, q_rows, k_rows, query < last, key < last, depth, False, DEPTH) * shape.exponent
             p = tl.where((key < last)[None, :], tl.exp2(score - norm[:, None]), 0.0)
-            weight = tl.load(weights_ptr + key * heads + head, mask=key < last, other=0.0)
+            weight = tl.load(given.weights + key * heads + head, mask=key < last, other=0.0)
+            # Pooling sums over queries, so that all have one gradient: the softmax's Jacobian needs two numbers a row.
             dscore = p * (weight[None, :] - mean[:, None])
             k_mask = (key < last)[:, None] & (d < depth)[None, :]
             k = tl.load(k_rows[:, None] + d[None, :], mask=k_mask, other=0.0)
@@ -97,29 +108,30 @@ def context_queries_kernel(
 
 @triton.jit(do_not_specialize=["users"])
 def context_keys_kernel(
-    qkv_ptr, weights_ptr, offsets_ptr, norms_ptr, means_ptr, dpooled_ptr, dqkv_ptr, users, width, depth, heads,
-    exponent, scale, PAIRS: tl.constexpr, DEPTH: tl.constexpr,
-):  # fmt: skip
+    given, dpooled_ptr, dqkv_ptr, users, shape, scale, PAIRS: tl.constexpr, DEPTH: tl.constexpr
+):
     """Program (tile of keys, head, stretch of its depth).
 
     dk_j = scale sum_i p_ij (w_j - mean_i) q_i, and dv_j = (sum_i p_ij) dpooled.
     """
+    width, heads, depth = shape.width, shape.heads, shape.depth
     head = tl.program_id(1)
-    user, first, last, begin = _span_of_tile(offsets_ptr, users, tl.program_id(0), PAIRS)
+    user, first, last, begin = _span_of_tile(given.offsets, users, tl.program_id(0), PAIRS)
     if begin < last:
         key = begin + tl.arange(0, PAIRS)
         d = tl.program_id(2) * DEPTH + tl.arange(0, DEPTH)
-        k_rows = qkv_ptr + key * (3 * width) + width + head * depth
-        weight = tl.load(weights_ptr + key * heads + head, mask=key < last, other=0.0)
+        k_rows = given.qkv + key * (3 * width) + width + head * depth
+        weight = tl.load(given.weights + key * heads + head, mask=key < last, other=0.0)
         total = tl.zeros([PAIRS, DEPTH], tl.float32)
         column = tl.zeros([PAIRS], tl.float32)
         for start in range(first, last, PAIRS):
             query = start + tl.arange(0, PAIRS)
-            q_rows = qkv_ptr + query * (3 * width) + head * depth
-            norm = tl.load(norms_ptr + query * heads + head, mask=query < last, other=0.0)
-            mean = tl.load(means_ptr + query * heads + head, mask=query < last, other=0.0)
+            q_rows = given.qkv + query * (3 * width) + head * depth
+            norm = tl.load(given.norms + query * heads + head, mask=query < last, other=0.0)
+            mean = tl.load(given.means + query * heads + head, mask=query < last, other=0.0)
             score = tl.zeros([PAIRS, PAIRS], tl.float32)
-            score = accumulate(score, k_rows, q_rows, key < last, query < last, depth, False, DEPTH) * exponent
+            # Keys by queries: what belongs to a key is then summed along a row, by one program, without atomics.
+            score = accumulate(score, k_rows, q_rows, key < last, query < last, depth, False, DEPTH) * shape.exponent
             p = tl.where((query < last)[None, :], tl.exp2(score - norm[None, :]), 0.0)
             column += tl.sum(p, 1)
             dscore = p * (weight[:, None] - mean[None, :])
@@ -194,11 +206,11 @@ def _attention_backward(qkv: Tensor, call: Call, dpooled: Tensor, users: Tensor)
         weights = value.view(count, call.heads, depth).sum(-1)
         norms, means = weights.new_empty(2, count, call.heads)
         tile = configs.attention_tile(depth, qkv.dtype)
-        shape = (len(dpooled), width, depth, call.heads, configs.LOG2E * depth**-0.5)
+        shape = len(dpooled), Shape(width, call.heads, depth, configs.LOG2E * depth**-0.5)
         block = {"PAIRS": tile.pairs, "DEPTH": tile.depth, "num_warps": tile.warps}
         grid = (count // tile.pairs + len(dpooled), call.heads, triton.cdiv(depth, tile.depth))
-        inputs = (qkv, weights, call.offsets, norms, means)
-        context_statistics_kernel[grid[:2]](*inputs, *shape, **block)
-        context_queries_kernel[grid](*inputs, dqkv, *shape, depth**-0.5, **block)
-        context_keys_kernel[grid](*inputs, dpooled, dqkv, *shape, depth**-0.5, **block)
+        given = Attention(qkv, weights, call.offsets, norms, means)
+        context_statistics_kernel[grid[:2]](given, *shape, **block)
+        context_queries_kernel[grid](given, dqkv, *shape, depth**-0.5, **block)
+        context_keys_kernel[grid](given, dpooled, dqkv, *shape, depth**-0.5, **block)
     return dqkv

@@ -37,6 +37,24 @@ class Scratch(NamedTuple):
     vectors: Tensor  # float32 [U, 4, H]: pooled, joined (through the output projection), outer0's output after its ReLU
 
 
+class Shape(NamedTuple):
+    """An encoder's widths; depth is a head's, and exponent makes of a query times a key what exp2 takes."""
+
+    width: int
+    heads: int
+    depth: int
+    exponent: float
+
+
+class Encoded(NamedTuple):
+    """Where results go, with noise the latents."""
+
+    noise: Tensor | None  # [U, H]
+    noise_stride: int
+    rows: Tensor  # [U, width]
+    width: int
+
+
 @triton.jit
 def _options(given, m, met):
     """Where the rows of the pairs' chosen options begin, and those of the rejected."""
@@ -142,8 +160,8 @@ def _matrix_vector(
 
 
 @triton.jit
-def encode_pooled(user, count, w, noise_ptr, noise_stride, vectors, encoded_ptr, width, outputs, TILE):
-    """From the user's pooled vector to its encoded [outputs]; with noise the latent, mean + softplus(s) * noise.
+def encode_pooled(user, count, w, to, vectors, width, TILE):
+    """From the user's pooled vector to its row of `to`; with noise the latent, mean + softplus(s) * noise.
 
     vectors [4, H] are the user's: the first is pooled and must have been written before a barrier.
     """
@@ -155,9 +173,9 @@ def encode_pooled(user, count, w, noise_ptr, noise_stride, vectors, encoded_ptr,
     outer = vectors + 2 * width
     _matrix_vector(joined, w.outer0, w.outer0_bias, 1, outer, width, width, True, TILE)
     tl.debug_barrier()
-    encoded = encoded_ptr + user * outputs
-    if noise_ptr is None:
-        _matrix_vector(outer, w.outer1, w.outer1_bias, 1, encoded, outputs, width, False, TILE)
+    encoded = to.rows + user * to.width
+    if to.noise is None:
+        _matrix_vector(outer, w.outer1, w.outer1_bias, 1, encoded, to.width, width, False, TILE)
     else:
         mean, deviation = vectors, vectors + 3 * width
         _matrix_vector(outer, w.outer1, w.outer1_bias, 1, mean, width, width, False, TILE)
@@ -167,6 +185,6 @@ def encode_pooled(user, count, w, noise_ptr, noise_stride, vectors, encoded_ptr,
         for start in range(0, width, TILE.width):
             n = start + tl.arange(0, TILE.width)
             inside = n < width
-            noise = tl.load(noise_ptr + user * noise_stride + n, mask=inside, other=0.0).to(tl.float32)
+            noise = tl.load(to.noise + user * to.noise_stride + n, mask=inside, other=0.0).to(tl.float32)
             spread = softplus(tl.load(deviation + n, mask=inside, other=0.0))
             store(encoded + n, tl.load(mean + n, mask=inside, other=0.0) + spread * noise, inside)

@@ -26,7 +26,7 @@ from fssa_fast.kernels.context_linears import encode_in_memory, encode_in_regist
 @triton.jit
 def last_user(offsets_ptr, users, at, PAIRS: tl.constexpr):
     """The last user who begins at this pair or before; or at this tile, where each begins a new one of PAIRS pairs."""
-    low = at * 0
+    low = at * 0  # of at's type, which the loop keeps
     high = low + users
     while high - low > 1:
         middle = (low + high) // 2
@@ -50,7 +50,7 @@ def _tile(offsets_ptr, users, tile, PAIRS: tl.constexpr):
     first = tl.load(offsets_ptr + user).to(tl.int32)
     last = tl.load(offsets_ptr + user + 1).to(tl.int32)
     begin = first + tl.cdiv(tl.maximum(window - first, 0), PAIRS) * PAIRS
-    if (inside > 0) & (first <= window):
+    if (inside > 0) & (first <= window):  # the window's second tile, and nobody begins after its first pair
         begin = last
     return user, first, last, begin
 
@@ -58,13 +58,14 @@ def _tile(offsets_ptr, users, tile, PAIRS: tl.constexpr):
 @triton.jit
 def _arrive(count_ptr):
     """Says that what this program wrote is there; returns how many have said so before."""
-    tl.debug_barrier()
+    tl.debug_barrier()  # one thread adds, for what all of them wrote
     return tl.atomic_add(count_ptr, 1)
 
 
 @triton.jit
 def _wait(count_ptr, wanted):
     """Until so many have arrived: what they wrote can be read."""
+    # A load might be served by this processor's own cache for ever; an atomic of nothing is not.
     while tl.atomic_add(count_ptr, 0, sem="acquire") < wanted:
         pass
     tl.debug_barrier()
@@ -98,8 +99,9 @@ def _encode_tile(given, w, scratch, part, begin, last, width, MANY, TILE):
 
 
 @triton.jit
-def _attend_tile(qkv_ptr, part, begin, first, last, head, stretch, width, depth, exponent, MANY):
+def _attend_tile(qkv_ptr, part, begin, first, last, head, stretch, shape, MANY):
     """part's columns of a stretch of a head = sum_i sum_j p_ij v_j, over a tile of queries i and all keys j."""
+    width, depth = shape.width, shape.depth
     query = (begin + tl.arange(0, MANY.pairs)).to(tl.int64)
     asks = query < last
     d = stretch * MANY.depth + tl.arange(0, MANY.depth)
@@ -119,7 +121,7 @@ def _attend_tile(qkv_ptr, part, begin, first, last, head, stretch, width, depth,
             score = dot(q, k, score)
         else:
             score = accumulate(score, q_rows, k_rows, asks, answers, depth, False, MANY.depth)
-        score = tl.where(answers[None, :], score * exponent, float("-inf"))
+        score = tl.where(answers[None, :], score * shape.exponent, float("-inf"))
         higher = tl.maximum(high, tl.max(score, 1))
         p = tl.exp2(score - higher[:, None])
         fade = tl.exp2(high - higher)
@@ -138,7 +140,7 @@ def _add_parts(parts, first, count, divisor, pooled, width, PAIRS: tl.constexpr,
     for start in range(0, width, TILE.width):
         n = start + tl.arange(0, TILE.width)
         total = tl.zeros([TILE.width], tl.float32)
-        for begin in range(0, tl.cdiv(count, PAIRS), 16):
+        for begin in range(0, tl.cdiv(count, PAIRS), 16):  # 16 at once: in flight together, summed in one order
             number = begin + tl.arange(0, 16)
             tile = 2 * (first // PAIRS + number) + tl.where((number == 0) & (first % PAIRS > 0), 1, 0)
             mask = (number < tl.cdiv(count, PAIRS))[:, None] & (n < width)[None, :]
@@ -147,14 +149,17 @@ def _add_parts(parts, first, count, divisor, pooled, width, PAIRS: tl.constexpr,
 
 
 @triton.jit
-def take_turn(given, w, scratch, users, tiles, width, heads, depth, exponent, MEAN: tl.constexpr, MANY, TILE):
+def take_turn(given, w, scratch, users, tiles, shape, MEAN: tl.constexpr, MANY, TILE):
     """One program's turn, some user's: returns the user, its count, its vectors, and whether pooled is now among them.
 
     MANY and TILE are `configs.ManyTile` and `configs.EncodeTile`.
     """
+    width, heads = shape.width, shape.heads
+    # Not program_id: programs need not begin in its order, and one that waited for a turn not yet begun could hold the
+    # place that this turn needs.
     turn = tl.atomic_add(scratch.turns, 1)
     encoding: tl.constexpr = MANY.pairs // MANY.rows  # turns a tile
-    attending = heads * tl.cdiv(depth, MANY.depth)  # the same
+    attending = heads * tl.cdiv(shape.depth, MANY.depth)  # the same
     tile = turn // encoding
     if turn >= tiles * encoding:
         tile = (turn - tiles * encoding) // attending
@@ -177,7 +182,7 @@ def take_turn(given, w, scratch, users, tiles, width, heads, depth, exponent, ME
                 _wait(arrived, tl.cdiv(count, MANY.rows))
                 job = (turn - tiles * encoding) % attending
                 head, stretch = job % heads, job // heads
-                _attend_tile(scratch.qkv, part, begin, first, last, head, stretch, width, depth, exponent, MANY)
+                _attend_tile(scratch.qkv, part, begin, first, last, head, stretch, shape, MANY)
                 complete = _arrive(arrived + 1) == tl.cdiv(count, MANY.pairs) * attending - 1
     if complete:
         tl.debug_barrier()

@@ -52,37 +52,6 @@ def lora_shrink_kernel(
     store(at, total, (m < rows)[:, None] & (r < rank)[None, :])
 
 
-@triton.jit
-def _expand(
-    hidden_ptr, hidden_split_stride, hidden_stride, y_ptr, y_stride, out_ptr, out_stride, b_ptr, b_stride, gamma_rows,
-    gamma_step, beta_rows, beta_step, rank_offset, rank, columns, scaling, m, rows, tile,
-    BETA: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr,
-):  # fmt: skip
-    """One projection's tile: out = y + scaling * (gamma * hidden + beta) B."""
-    n = tile * COLUMNS + tl.arange(0, COLUMNS)
-    met = m < rows
-    total = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for start in range(0, rank, RANKS):
-        r = start + tl.arange(0, RANKS)
-        inside = r < rank
-        b_at = b_ptr + r[:, None].to(tl.int64) * b_stride + n[None, :]
-        b = tl.load(b_at, mask=inside[:, None] & (n < columns)[None, :], other=0.0)
-        mask = met[:, None] & inside[None, :]
-        column = rank_offset + r[None, :]
-        hidden = tl.zeros([ROWS, RANKS], tl.float32)
-        for split in tl.static_range(SPLITS):
-            hidden += tl.load(
-                hidden_ptr + split * hidden_split_stride + m[:, None] * hidden_stride + column, mask=mask, other=0.0
-            )
-        hidden *= tl.load(gamma_rows[:, None] + column * gamma_step, mask=mask, other=0.0).to(tl.float32)
-        if BETA:
-            hidden += tl.load(beta_rows[:, None] + column * beta_step, mask=mask, other=0.0).to(tl.float32)
-        total = dot(narrow(hidden, b.dtype), b, total)
-    mask = met[:, None] & (n < columns)[None, :]
-    y = tl.load(y_ptr + m[:, None] * y_stride + n[None, :], mask=mask, other=0.0).to(tl.float32)
-    store(out_ptr + m[:, None] * out_stride + n[None, :], y + scaling * total, mask)
-
-
 @triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["group"])
 def lora_expand_kernel(
     hidden_ptr, y_ptrs, out_ptrs, b_ptrs, y_strides, out_strides, b_strides, ranks, columns, gamma_ptr, beta_ptr,
@@ -91,9 +60,13 @@ def lora_expand_kernel(
     BETA: tl.constexpr, EARLY: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     RANKS: tl.constexpr,
 ):  # fmt: skip
-    """Program (rows, tile): the tiles of all projections' columns, one projection after the other."""
+    """out = y + scaling * (gamma * hidden + beta) B of every projection.
+
+    Program (rows, tile): the tiles of all projections' columns, one projection after the other.
+    """
     m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    slot = tl.load(slots_ptr + m // group, mask=m < rows, other=0).to(tl.int64)
+    met = m < rows
+    slot = tl.load(slots_ptr + m // group, mask=met, other=0).to(tl.int64)
     gamma_rows = gamma_ptr + slot * gamma_stride
     beta_rows = beta_ptr + slot * beta_stride
     if EARLY:
@@ -103,11 +76,27 @@ def lora_expand_kernel(
     for i in tl.static_range(len(y_ptrs)):
         tiles = tl.cdiv(columns[i], COLUMNS)
         if (tile >= 0) & (tile < tiles):
-            _expand(
-                hidden_ptr, hidden_split_stride, hidden_stride, y_ptrs[i], y_strides[i], out_ptrs[i], out_strides[i],
-                b_ptrs[i], b_strides[i], gamma_rows, gamma_step, beta_rows, beta_step, rank_offset, ranks[i],
-                columns[i], scaling, m, rows, tile, BETA, SPLITS, ROWS, COLUMNS, RANKS,
-            )  # fmt: skip
+            n = tile * COLUMNS + tl.arange(0, COLUMNS)
+            total = tl.zeros([ROWS, COLUMNS], tl.float32)
+            for start in range(0, ranks[i], RANKS):
+                r = start + tl.arange(0, RANKS)
+                inside = r < ranks[i]
+                b_at = b_ptrs[i] + r[:, None].to(tl.int64) * b_strides[i] + n[None, :]
+                b = tl.load(b_at, mask=inside[:, None] & (n < columns[i])[None, :], other=0.0)
+                mask = met[:, None] & inside[None, :]
+                column = rank_offset + r[None, :]
+                hidden_at = hidden_ptr + m[:, None] * hidden_stride + column
+                hidden = tl.zeros([ROWS, RANKS], tl.float32)
+                for split in tl.static_range(SPLITS):  # in their order, so that a row's bits are the same every time
+                    hidden += tl.load(hidden_at + split * hidden_split_stride, mask=mask, other=0.0)
+                hidden *= tl.load(gamma_rows[:, None] + column * gamma_step, mask=mask, other=0.0).to(tl.float32)
+                if BETA:
+                    hidden += tl.load(beta_rows[:, None] + column * beta_step, mask=mask, other=0.0).to(tl.float32)
+                total = dot(narrow(hidden, b.dtype), b, total)
+            mask = met[:, None] & (n < columns[i])[None, :]
+            y_at = y_ptrs[i] + m[:, None] * y_strides[i] + n[None, :]
+            y = tl.load(y_at, mask=mask, other=0.0).to(tl.float32)
+            store(out_ptrs[i] + m[:, None] * out_strides[i] + n[None, :], y + scaling * total, mask)
         tile -= tiles
         rank_offset += ranks[i]
 

@@ -120,8 +120,8 @@ struct Activations {
 template <class T>
 struct Encoder {
   const fssa_context_input &in;
-  const int64_t latent = in.latent_width, width = in.embedding_width;
-  const bool mlp = in.inner == FSSA_INNER_MLP, attention = in.pooling == FSSA_POOL_ATTENTION;
+  const int64_t latent = in.encoder.latent_width, width = in.encoder.embedding_width;
+  const bool mlp = in.encoder.inner == FSSA_INNER_MLP, attention = in.encoder.pooling == FSSA_POOL_ATTENTION;
   const bool sums_first = !mlp && !attention;
 
   static const T *typed(const void *data) { return static_cast<const T *>(data); }
@@ -132,7 +132,7 @@ struct Encoder {
   int64_t pair_count(int64_t user) const { return in.offsets[user + 1] - in.offsets[user]; }
   // What a user's sum over pairs is multiplied by.
   float share(int64_t user) const {
-    return in.pooling == FSSA_POOL_MEAN ? 1.0f / static_cast<float>(greater(pair_count(user), 1)) : 1.0f;
+    return in.encoder.pooling == FSSA_POOL_MEAN ? 1.0f / static_cast<float>(greater(pair_count(user), 1)) : 1.0f;
   }
 
   template <class Body>
@@ -159,7 +159,7 @@ struct Encoder {
     a.pooled = scratch.floats(chunk.users * latent);
     a.attended = attention ? scratch.floats(chunk.users * latent) : a.pooled;
     a.outer = scratch.floats(chunk.users * latent);
-    a.encoded = scratch.floats(chunk.users * in.encoded_width);
+    a.encoded = scratch.floats(chunk.users * in.encoder.encoded_width);
     return a;
   }
 
@@ -176,10 +176,10 @@ struct Encoder {
   // body(user of the chunk, head, its first pair in the chunk, its pairs), by all threads.
   template <class Body>
   void for_heads(const Chunk &chunk, const Body &body) const {
-    parallel(in.threads, chunk.users * in.heads, [&](int64_t task) {
-      const int64_t user = task / in.heads;
+    parallel(in.threads, chunk.users * in.encoder.heads, [&](int64_t task) {
+      const int64_t user = task / in.encoder.heads;
       const int64_t first = in.offsets[chunk.first_user + user] - chunk.first_pair;
-      body(user, task % in.heads, first, pair_count(chunk.first_user + user));
+      body(user, task % in.encoder.heads, first, pair_count(chunk.first_user + user));
     });
   }
 
@@ -225,7 +225,7 @@ struct Encoder {
     }
     for_heads(chunk, [&](int64_t user, int64_t head, int64_t first, int64_t count) {
       Scratch scratch;
-      Head of(scratch, a.qkv + first * 3 * latent, latent, in.heads, head, count);
+      Head of(scratch, a.qkv + first * 3 * latent, latent, in.encoder.heads, head, count);
       // Of K x K weights only QUERY_ROWS rows are ever held: they join the column sums and are forgotten.
       float *columns = scratch.floats(of.padded);
       memset(columns, 0, of.padded * sizeof(float));
@@ -263,7 +263,7 @@ struct Encoder {
     const fssa_context_weights &w = in.weights;
     pooled_inner(chunk, a);
     layer(a.pooled, chunk.users, w.outer0, w.outer0_bias, latent, true, a.outer);
-    layer(a.outer, chunk.users, w.outer1, w.outer1_bias, in.encoded_width, false, a.encoded);
+    layer(a.outer, chunk.users, w.outer1, w.outer1_bias, in.encoder.encoded_width, false, a.encoded);
   }
 };
 
@@ -275,7 +275,7 @@ void store_all(const float *from, int64_t count, T *to) {
 template <class T>
 void context_of(const fssa_context_args &a) {
   const Encoder<T> encoder{a.input};
-  const int64_t width = a.input.encoded_width;
+  const int64_t width = a.input.encoder.encoded_width;
   encoder.for_chunks([&](const Chunk &chunk) {
     Scratch scratch;
     const Activations act = encoder.activations(scratch, chunk);
@@ -290,7 +290,7 @@ template <class T>
 void context_rows_of(const fssa_context_rows_args &a) {
   const Encoder<T> encoder{a.input};
   const SlotOf slot_of{a.slots};
-  const int64_t latent = encoder.latent, width = a.input.encoded_width;
+  const int64_t latent = encoder.latent, width = a.input.encoder.encoded_width;
   encoder.for_chunks([&](const Chunk &chunk) {
     Scratch scratch;
     const Activations act = encoder.activations(scratch, chunk);
@@ -376,7 +376,7 @@ struct Backward {
     memset(dqkv, 0, chunk.pairs * 3 * latent * sizeof(float));
     encoder.for_heads(chunk, [&](int64_t user, int64_t head, int64_t first, int64_t count) {
       Scratch scratch;
-      Head of(scratch, act.qkv + first * 3 * latent, latent, in.heads, head, count);
+      Head of(scratch, act.qkv + first * 3 * latent, latent, in.encoder.heads, head, count);
       const float *dsum = dattended + user * latent + head * of.width;
       float *dq = dqkv + first * 3 * latent + head * of.width, *dk = dq + latent, *dv = dk + latent;
       // attended = sum_j columns_j v_j, so by p_ij the gradient is dcolumns_j = dsum . v_j, whatever the query i; through
@@ -458,7 +458,7 @@ struct Backward {
 
   void chunk_backward(const Chunk &chunk, const Activations &act) const {
     Scratch scratch;
-    const int64_t encoded = in.encoded_width;
+    const int64_t encoded = in.encoder.encoded_width;
     float *grad = scratch.floats(chunk.users * encoded);
     float *douter = scratch.floats(chunk.users * latent), *dpooled = scratch.floats(chunk.users * latent);
     const T *given = encoder.typed(args.grad) + chunk.first_user * encoded;
@@ -503,7 +503,7 @@ struct Backward {
       out = zeros(scratch, latent, latent);
     }
     outer0 = zeros(scratch, latent, latent);
-    outer1 = zeros(scratch, in.encoded_width, latent);
+    outer1 = zeros(scratch, in.encoder.encoded_width, latent);
     encoder.for_chunks([&](const Chunk &chunk) {
       Scratch activations;
       const Activations act = encoder.activations(activations, chunk);
@@ -521,7 +521,7 @@ struct Backward {
     give(qkv, 3 * latent, latent, to.qkv, to.qkv_bias);
     give(out, latent, latent, to.out, to.out_bias);
     give(outer0, latent, latent, to.outer0, to.outer0_bias);
-    give(outer1, in.encoded_width, latent, to.outer1, to.outer1_bias);
+    give(outer1, in.encoder.encoded_width, latent, to.outer1, to.outer1_bias);
   }
 };
 

@@ -10,6 +10,8 @@
 FSSA_DECLARE_OPS(scalar)
 #if defined(FSSA_X86)
 FSSA_DECLARE_OPS(avx2)
+#endif
+#if defined(FSSA_AVX512)
 FSSA_DECLARE_OPS(avx512)
 #endif
 #if defined(FSSA_AVX512_BF16)
@@ -41,7 +43,7 @@ struct Isa {
   ISA::film, ISA::film_norm, ISA::film_backward, ISA::film_norm_backward, ISA::lora, ISA::lora_backward, ISA::context, \
       ISA::context_rows, ISA::context_backward, ISA::linear, ISA::adapt, ISA::gate, ISA::attention
 
-#if defined(FSSA_X86)
+#if defined(FSSA_AVX512)
 bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma") &&
@@ -57,6 +59,8 @@ const Isa isas[] = {  // the best last
        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
      },
      FSSA_OPS(avx2)},
+#endif
+#if defined(FSSA_AVX512)
     {"avx512", has_avx512, FSSA_OPS(avx512)},
 #endif
 #if defined(FSSA_AVX512_BF16)
@@ -142,13 +146,14 @@ Args with_slots(Scratch &scratch, Args args) {
 }
 
 void check_attention(const fssa_attention_args &a) {
-  for (int64_t n = 0; n < a.tokens; n++) {
-    check_index("sequences", a.sequences[n], a.sequence_limit);
-    check_index("positions", a.positions[n], a.position_limit);
-    const int64_t last = a.positions[n] / 32;
-    check_index("positions: blocks", last, a.table_stride);
+  const fssa_block_cache &cache = a.cache;
+  for (int64_t n = 0; n < a.tokens.count; n++) {
+    check_index("sequences", a.tokens.sequences[n], cache.sequences);
+    check_index("positions", a.tokens.positions[n], a.rotary.positions);
+    const int64_t last = a.tokens.positions[n] / 32;
+    check_index("positions: blocks", last, cache.table_stride);
     for (int64_t block = 0; block <= last; block++) {
-      check_index("table", a.table[a.sequences[n] * a.table_stride + block], a.block_limit);
+      check_index("table", cache.table[a.tokens.sequences[n] * cache.table_stride + block], cache.blocks);
     }
   }
 }

@@ -26,7 +26,8 @@ void film_rows(const fssa_film_args &a, int64_t begin, int64_t end) {
   const SlotOf slot_of{a.slots};
   for (int64_t n = begin; n < end; n++) {
     const int64_t slot = slot_of(n);
-    const T *x = rows_of(T{}, a.x)(n), *scale = rows_of(T{}, a.scale)(slot), *shift = rows_of(T{}, a.shift)(slot);
+    const T *x = rows_of(T{}, a.x)(n);
+    const T *scale = rows_of(T{}, a.film.scale)(slot), *shift = rows_of(T{}, a.film.shift)(slot);
     T *y = static_cast<T *>(a.y.data) + n * a.y.stride;
     const int64_t whole = a.width / WIDTH * WIDTH, rest = a.width - whole;
     for (int64_t d = 0; d < whole; d += WIDTH) store(y + d, modulated(load(x + d), load(scale + d), load(shift + d)));
@@ -60,14 +61,14 @@ FSSA_INLINE float hidden_row(
 template <class T>
 void film_norm_rows(const fssa_film_norm_args &a, int64_t begin, int64_t end) {
   const SlotOf slot_of{a.slots};
-  const T *weight = static_cast<const T *>(a.weight);
+  const T *weight = static_cast<const T *>(a.norm.weight);
   Scratch scratch;
   float *row = scratch.floats(a.width);
   for (int64_t n = begin; n < end; n++) {
     const int64_t slot = slot_of(n);
     const float inverse = hidden_row(
-        rows_of(T{}, a.x)(n), rows_of(T{}, a.residual)(n), rows_of(T{}, a.scale)(slot), rows_of(T{}, a.shift)(slot),
-        a.width, a.eps, row);
+        rows_of(T{}, a.x)(n), rows_of(T{}, a.residual)(n), rows_of(T{}, a.film.scale)(slot),
+        rows_of(T{}, a.film.shift)(slot), a.width, a.norm.eps, row);
     T *hidden = static_cast<T *>(a.hidden.data) + n * a.hidden.stride;
     T *normed = static_cast<T *>(a.normed.data) + n * a.normed.stride;
     for (int64_t d = 0; d < a.width; d += WIDTH) {
@@ -146,8 +147,8 @@ void film_norm_backward_of(const fssa_film_norm_backward_args &a) {
   const Grouped groups = group_rows(scratch, a.slots, a.rows);
   const Rows<T> grad_hidden = rows_of(T{}, a.grad_hidden), grad_normed = rows_of(T{}, a.grad_normed);
   const Rows<T> x = rows_of(T{}, a.x), residual = rows_of(T{}, a.residual);
-  const Rows<T> scale = rows_of(T{}, a.scale), shift = rows_of(T{}, a.shift);
-  const T *weight = static_cast<const T *>(a.weight);
+  const Rows<T> scale = rows_of(T{}, a.film.scale), shift = rows_of(T{}, a.film.shift);
+  const T *weight = static_cast<const T *>(a.norm.weight);
   // normed = weight * hidden * inverse, so by hidden: grad_hidden + inverse * weight * grad_normed - pull * hidden,
   // where pull = inverse^3 / D * sum(weight * grad_normed * hidden).
   float *inverse = scratch.floats(a.rows), *pull = scratch.floats(a.rows);
@@ -156,7 +157,7 @@ void film_norm_backward_of(const fssa_film_norm_backward_args &a) {
     float *hidden = inner.floats(a.width);
     for (int64_t n = begin; n < end; n++) {
       const int64_t slot = slot_of(n);
-      inverse[n] = hidden_row(x(n), residual(n), scale(slot), shift(slot), a.width, a.eps, hidden);
+      inverse[n] = hidden_row(x(n), residual(n), scale(slot), shift(slot), a.width, a.norm.eps, hidden);
       Vec total = splat(0.0f);
       for (int64_t d = 0; d < a.width; d += WIDTH) {
         const int64_t count = a.width - d;
@@ -176,7 +177,7 @@ void film_norm_backward_of(const fssa_film_norm_backward_args &a) {
       a.threads, groups, a.slots.limit, a.rows, a.width,
       [&](int64_t slot, const int64_t *rows, int64_t count, int64_t from, int64_t to) {
         modulation_backward<T>(
-            rows, count, slot, from, to, a.scale, a.dx, a.dscale, a.dshift,
+            rows, count, slot, from, to, a.film.scale, a.gradients.dx, a.gradients.dscale, a.gradients.dshift,
             [&](int64_t n, int64_t d, int64_t width) {
               const Vec weighted = load_up_to(weight + d, width) * load_up_to(grad_normed(n) + d, width);
               const Vec g = fma(weighted, splat(inverse[n]), load_up_to(grad_hidden(n) + d, width));
@@ -193,7 +194,7 @@ void film_norm_backward_of(const fssa_film_norm_backward_args &a) {
       for (int64_t n = 0; n < a.rows; n++) {
         total.add(load_up_to(grad_normed(n) + d, count) * (hidden(n, slot_of(n), d, count) * splat(inverse[n])));
       }
-      store_up_to(static_cast<T *>(a.dweight) + d, total.total(), count);
+      store_up_to(static_cast<T *>(a.gradients.dweight) + d, total.total(), count);
     }
   });
 }

@@ -18,7 +18,7 @@ void linear_of(const fssa_linear_args &a) {
          [&](int64_t m, int64_t n, const float *values, int64_t count) {
            T *y = static_cast<T *>(a.y.data) + m * a.y.stride + n;
            for (int64_t j = 0; j < count; j += WIDTH) {
-             const Vec v = load(values + j);
+             const Vec v = load(values + j);  // whole: a panel's sums have room for all of its columns
              store_up_to(y + j, bias ? v + load_up_to(bias + n + j, count - j) : v, count - j);
            }
          });
@@ -27,9 +27,11 @@ void linear_of(const fssa_linear_args &a) {
 template <class T>
 void adapt_of(const fssa_adapt_args &a) {
   const SlotOf slot_of{a.slots};
+  // One part after the other, each on all threads: parts may have the same y, and are then added in the order given.
   for (int64_t i = 0; i < a.part_count; i++) {
     const fssa_adapt_part &part = a.parts[i];
-    const Rows<T> raw = rows_of(T{}, part.hidden), gamma = rows_of(T{}, part.gamma), beta = rows_of(T{}, part.beta);
+    const Rows<T> raw = rows_of(T{}, part.hidden);
+    const Modulation<T> modulation(part.modulation);
     Scratch scratch;
     using X = typename Multiplied<T>::type;
     X *hidden = reinterpret_cast<X *>(scratch.floats(a.rows * part.rank));
@@ -37,8 +39,7 @@ void adapt_of(const fssa_adapt_args &a) {
       const int64_t slot = slot_of(n);
       for (int64_t r = 0; r < part.rank; r += WIDTH) {
         const int64_t count = part.rank - r;
-        const Vec scale = part.gamma_column_stride ? load_up_to(gamma(slot) + r, count) : splat(load_one(gamma(slot)));
-        const Vec shift = beta.data ? load_up_to(beta(slot) + r, count) : splat(0.0f);
+        const Vec scale = modulation.scale(slot, r, count), shift = modulation.shift(slot, r, count);
         store_up_to(hidden + n * part.rank + r, fma(load_up_to(raw(n) + r, count), scale, shift), count);
       }
     }
@@ -52,7 +53,7 @@ void adapt_of(const fssa_adapt_args &a) {
   }
 }
 
-// x / (1 + e^-u), without overflow
+// x / (1 + e^-u). Of |u|, so that the exponential cannot overflow: 1 / (1 + e^-u) = e^u / (1 + e^u).
 FSSA_INLINE Vec times_sigmoid(Vec x, Vec u) {
   const Vec zero = splat(0.0f), one = splat(1.0f);
   const Vec e = exp_nonpositive(zero - max(zero - u, u));  // e^-|u|
@@ -70,7 +71,7 @@ void gate_of(const fssa_gate_args &a) {
       for (int64_t d = 0; d < a.width; d += WIDTH) {
         const int64_t count = a.width - d;
         const Vec x = load_up_to(gate + d, count);
-        Vec u = x;
+        Vec u = x;  // silu is x sigmoid(x)
         if (a.activation == FSSA_GELU_TANH) {  // 0.5 x (1 + tanh(t)) = x sigmoid(2 t)
           u = fma(x * x * x, splat(0.044715f), x) * splat(1.5957691216f);
         }

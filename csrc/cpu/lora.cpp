@@ -16,24 +16,6 @@ int64_t total_rank(const Parts *parts, int64_t count) {
   return rank;
 }
 
-// A user's gamma and beta.
-template <class T>
-struct Modulation {
-  Rows<T> gamma, beta;
-  int64_t column_stride;
-
-  template <class Args>
-  explicit Modulation(const Args &a)
-      : gamma(rows_of(T{}, a.gamma)), beta(rows_of(T{}, a.beta)), column_stride(a.gamma_column_stride) {}
-
-  Vec scale(int64_t slot, int64_t r, int64_t count) const {
-    return column_stride ? load_up_to(gamma(slot) + r, count) : splat(load_one(gamma(slot)));
-  }
-  Vec shift(int64_t slot, int64_t r, int64_t count) const {
-    return beta.data ? load_up_to(beta(slot) + r, count) : splat(0.0f);
-  }
-};
-
 // hidden <- gamma * hidden + beta, for one row.
 template <class T>
 FSSA_INLINE void modulate(const Modulation<T> &modulation, int64_t slot, int64_t rank, float *hidden) {
@@ -65,7 +47,7 @@ AddScaled<T> add_scaled(const fssa_lora_part &part, int64_t row, float scaling) 
 template <class T>
 void lora_of(const fssa_lora_args &a) {
   const SlotOf slot_of{a.slots};
-  const Modulation<T> modulation(a);
+  const Modulation<T> modulation(a.modulation);
   const Rows<T> x = rows_of(T{}, a.x), down = rows_of(T{}, a.a);
   const int64_t rank = total_rank(a.parts, a.part_count);
   constexpr int64_t BLOCK = 96;
@@ -74,7 +56,7 @@ void lora_of(const fssa_lora_args &a) {
     float *hidden = scratch.floats(a.rows * rank);
     dots_parallel(a.threads, x, a.rows, down, rank, a.width, hidden, rank);
     for (int64_t n = 0; n < a.rows; n++) modulate(modulation, slot_of(n), rank, hidden + n * rank);
-    int64_t first = 0;
+    int64_t first = 0;  // of the part's ranks: A is one matrix, so that x is read once for all parts
     for (int64_t i = 0; i < a.part_count; first += a.parts[i].rank, i++) {
       const fssa_lora_part &part = a.parts[i];
       axpys_parallel(a.threads, Rounded{{hidden + first, rank, 1}}, a.rows, part.rank, rows_of(T{}, part.b), part.width,
@@ -111,7 +93,7 @@ struct Store {
 
 template <class T>
 void lora_backward_of(const fssa_lora_backward_args &a) {
-  const Modulation<T> modulation(a);
+  const Modulation<T> modulation(a.modulation);
   const Rows<T> x = rows_of(T{}, a.x), down = rows_of(T{}, a.a);
   const int64_t rank = total_rank(a.parts, a.part_count);
   Scratch scratch;
@@ -124,12 +106,13 @@ void lora_backward_of(const fssa_lora_backward_args &a) {
                   by_hidden + first, rank);
   }
   // by_hidden <- scaling * by_hidden; a slot's gamma and beta sum over its rows, in their order.
+  // Grouped, so that no two threads or rows add to the same sum, and the bits are the same at every call.
   const Grouped groups = group_rows(scratch, a.slots, a.rows);
   const Vec scaling = splat(a.scaling);
   for (int64_t slot = 0; slot < a.slots.limit; slot++) {
     const int64_t begin = groups.begin[slot], end = groups.begin[slot + 1];
-    T *dgamma = static_cast<T *>(a.dgamma.data) + slot * a.dgamma.stride;
-    T *dbeta = static_cast<T *>(a.dbeta.data) + slot * a.dbeta.stride;
+    T *dgamma = static_cast<T *>(a.gradients.dgamma.data) + slot * a.gradients.dgamma.stride;
+    T *dbeta = static_cast<T *>(a.gradients.dbeta.data) + slot * a.gradients.dbeta.stride;
     for (int64_t r = 0; r < rank; r += WIDTH) {
       const int64_t count = rank - r;
       LongSum gammas, betas;
@@ -147,9 +130,9 @@ void lora_backward_of(const fssa_lora_backward_args &a) {
       store_up_to(dbeta + r, betas.total(), count);
     }
   }
-  axpys_parallel(a.threads, Grid{by_hidden, rank, 1}, a.rows, rank, down, a.width, Store<T>{a.dx});
+  axpys_parallel(a.threads, Grid{by_hidden, rank, 1}, a.rows, rank, down, a.width, Store<T>{a.gradients.dx});
   // A grid with its strides swapped is the transposed matrix: da = by_hidden^T x, and so for the parts below.
-  axpys_parallel(a.threads, Grid{by_hidden, 1, rank}, rank, a.rows, x, a.width, Store<T>{a.da});
+  axpys_parallel(a.threads, Grid{by_hidden, 1, rank}, rank, a.rows, x, a.width, Store<T>{a.gradients.da});
   first = 0;
   for (int64_t i = 0; i < a.part_count; first += a.parts[i].rank, i++) {
     const fssa_lora_backward_part &part = a.parts[i];

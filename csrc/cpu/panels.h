@@ -61,6 +61,7 @@ struct Multiplied<bfloat16> {
 };
 #endif
 
+// Into the second cache: the first holds the part of a panel that is being multiplied.
 FSSA_INLINE void prefetch(const void *p) { __builtin_prefetch(p, 0, 2); }
 
 // sums[i, j] += x[i][k] * columns[j]
@@ -151,13 +152,14 @@ FSSA_INLINE void panel_tile(
   }
 }
 
-// The same for `rows` rows, at most ROWS.
+// The same for `rows` rows, at most ROWS: a tile of every height is compiled, its sums in registers.
 template <int ROWS = PANEL_ROWS, class X, class W>
 static void panel_rows(
     int64_t rows, const X *const *x, const W *w, int64_t stride, int64_t depth, float *tile, bool add, const char *ahead) {
   if constexpr (ROWS > 1) {
     if (rows < ROWS) return panel_rows<ROWS - 1>(rows, x, w, stride, depth, tile, add, ahead);
   }
+  // The null is passed as such: the loop of the tile that fetches nothing is then compiled without the question.
   ahead ? panel_tile<ROWS>(x, w, stride, depth, tile, add, ahead)
         : panel_tile<ROWS>(x, w, stride, depth, tile, add, nullptr);
 }
@@ -189,6 +191,7 @@ static void panel_part(const XRows &x, int64_t rows, const W *w, int64_t stride,
   const int64_t lines = panel_depth<W>(depth) * PANEL * static_cast<int64_t>(sizeof(W)) / 64;
   const auto all = [&](const auto *part, int64_t apart, int64_t steps) {
     for (int64_t t = 0; t < tiles; t++) {
+      // Tiles of about the same height: 13 rows as 6 and 7, since a last tile of one would be as dear as a full one.
       const int64_t first = t * rows / tiles, height = (t + 1) * rows / tiles - first;
       const X *points[PANEL_ROWS];
       for (int64_t i = 0; i < height; i++) points[i] = x(first + i);
@@ -213,7 +216,8 @@ static void panels(int threads, const Rows<X> &x, int64_t rows, const W *weight,
                    const Emit &emit) {
   constexpr int64_t STRIDE = PANEL * Together<W>::value;
   const int64_t count = (outputs + PANEL - 1) / PANEL, size = panel_depth<W>(depth) * PANEL;
-  const int64_t together = greater(1, count / (8 * threads));  // neighbours, of which the next is fetched meanwhile
+  // Neighbours, of which the next is fetched meanwhile; eight tasks a thread even out what slows one thread down.
+  const int64_t together = greater(1, count / (8 * threads));
   parallel(threads, (count + together - 1) / together, [&](int64_t task) {
     Scratch scratch;
     float *sums = scratch.floats(rows * PANEL);
@@ -223,7 +227,7 @@ static void panels(int threads, const Rows<X> &x, int64_t rows, const W *weight,
       // One tile leaves no time between the lines of a panel: the next is then fetched by the machine alone.
       const bool fetches = p + 1 < end && rows > PANEL_ROWS;
       const char *next = reinterpret_cast<const char *>(panel + size);
-      for (int64_t k = 0; k < depth || k == 0; k += PANEL_DEPTH) {
+      for (int64_t k = 0; k < depth || k == 0; k += PANEL_DEPTH) {  // once even without depth: sums are then zeros
         const auto part = [&](int64_t m) { return x(m) + k; };
         panel_part(part, rows, panel + k * PANEL, STRIDE, lesser(PANEL_DEPTH, depth - k), sums, k > 0,
                    fetches ? next + k * PANEL * static_cast<int64_t>(sizeof(W)) : nullptr);

@@ -1,8 +1,8 @@
-// The slots of a batch's rows, and the rows of a batch grouped by slot.
+// The slots of a batch's rows, what an adapter does by them, and the rows of a batch grouped by slot.
 #pragma once
 
+#include "matmul.h"
 #include "parallel.h"
-#include "vec.h"
 
 namespace fssa {
 namespace FSSA_ISA {
@@ -12,6 +12,23 @@ struct SlotOf {
   fssa_slots slots;
   int64_t operator()(int64_t row) const {
     return static_cast<const int64_t *>(slots.data)[row / slots.rows_per_slot];
+  }
+};
+
+// A user's gamma and beta.
+template <class T>
+struct Modulation {
+  Rows<T> gamma, beta;
+  int64_t column_stride;
+
+  explicit Modulation(const fssa_modulation &m)
+      : gamma(rows_of(T{}, m.gamma)), beta(rows_of(T{}, m.beta)), column_stride(m.gamma_column_stride) {}
+
+  Vec scale(int64_t slot, int64_t r, int64_t count) const {
+    return column_stride ? load_up_to(gamma(slot) + r, count) : splat(load_one(gamma(slot)));
+  }
+  Vec shift(int64_t slot, int64_t r, int64_t count) const {
+    return beta.data ? load_up_to(beta(slot) + r, count) : splat(0.0f);
   }
 };
 

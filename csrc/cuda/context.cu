@@ -60,8 +60,8 @@ constexpr int64_t STAGES = divide_up(larger(First<T>::SHARED, Later<T>::SHARED),
 template <class T>
 __host__ __device__ __forceinline__ Between<T> lay_out_on_chip(const fssa_context_input &in, int64_t pairs,
                                                                unsigned char *base, int64_t &size) {
-  const int64_t width = in.latent_width;
-  const bool attention = in.pooling == FSSA_POOL_ATTENTION, mlp = in.inner == FSSA_INNER_MLP;
+  const int64_t width = in.encoder.latent_width;
+  const bool attention = in.encoder.pooling == FSSA_POOL_ATTENTION, mlp = in.encoder.inner == FSSA_INNER_MLP;
   size = 0;
   const auto take = [&](int64_t bytes) {
     unsigned char *at = base == nullptr ? nullptr : base + size;
@@ -77,9 +77,9 @@ __host__ __device__ __forceinline__ Between<T> lay_out_on_chip(const fssa_contex
   b.h = reinterpret_cast<T *>(take(pairs * b.stride * element));
   b.first = b.qk = reinterpret_cast<T *>(  // the one is read no more when the other is made
       take(pairs * larger(mlp ? b.stride : 0, attention ? b.qk_stride : 0) * element));
-  b.norms = reinterpret_cast<float *>(take(attention ? in.heads * pairs * 4 : 0));
-  b.shares = reinterpret_cast<float *>(take(attention ? in.heads * pairs * 4 : 0));
-  b.mixed = reinterpret_cast<float *>(take(attention ? in.heads * width * 4 : 0));
+  b.norms = reinterpret_cast<float *>(take(attention ? in.encoder.heads * pairs * 4 : 0));
+  b.shares = reinterpret_cast<float *>(take(attention ? in.encoder.heads * pairs * 4 : 0));
+  b.mixed = reinterpret_cast<float *>(take(attention ? in.encoder.heads * width * 4 : 0));
   b.vectors = reinterpret_cast<float *>(take(4 * width * 4));
   return b;
 }
@@ -87,14 +87,14 @@ __host__ __device__ __forceinline__ Between<T> lay_out_on_chip(const fssa_contex
 template <class T>
 __device__ __forceinline__ Between<T> between(const Encode &e, int64_t user, int64_t begin, int64_t count) {
   const fssa_context_input &in = e.in;
-  const int64_t width = in.latent_width;
+  const int64_t width = in.encoder.latent_width;
   if (count <= e.room) {
     int64_t size;
     return lay_out_on_chip<T>(in, e.room, shared_memory() + STAGES<T>, size);
   }
   return {false, width, 2 * width, in.pair_count, static_cast<T *>(e.first) + begin * width,
           static_cast<T *>(e.h) + begin * width, static_cast<T *>(e.qk) + begin * 2 * width, e.norms + begin,
-          e.shares + begin, e.mixed + user * in.heads * width, e.vectors + user * 4 * width};
+          e.shares + begin, e.mixed + user * in.encoder.heads * width, e.vectors + user * 4 * width};
 }
 
 template <class T>
@@ -230,19 +230,19 @@ __device__ __forceinline__ float softplus(float x) { return fmaxf(x, 0.0f) + log
 template <class T>
 __device__ __forceinline__ T first_of(const Encode &e, int64_t n, float sum) {
   sum += to_float(load(static_cast<const T *>(e.in.weights.inner0_bias) + n));
-  return from_float<T>(e.in.inner == FSSA_INNER_MLP && sum < 0.0f ? 0.0f : sum);  // lets NaN through
+  return from_float<T>(e.in.encoder.inner == FSSA_INNER_MLP && sum < 0.0f ? 0.0f : sum);  // lets NaN through
 }
 
 // What the first linear gives: h, or what the inner MLP's second makes h of.
 template <class T>
 __device__ __forceinline__ T *first_rows(const Encode &e, const Between<T> &b) {
-  return e.in.inner == FSSA_INNER_MLP ? b.first : b.h;
+  return e.in.encoder.inner == FSSA_INNER_MLP ? b.first : b.h;
 }
 
 // Adds the parts of the user's first linear in their order.
 template <class T>
 __device__ __forceinline__ void add_parts(const Encode &e, const Between<T> &b, int64_t begin, int64_t count) {
-  const int64_t width = e.in.latent_width;
+  const int64_t width = e.in.encoder.latent_width;
   for (int64_t i = threadIdx.x; i < count * width; i += THREADS) {
     float sum = 0.0f;
 #pragma unroll 4
@@ -257,28 +257,28 @@ __device__ __forceinline__ void add_parts(const Encode &e, const Between<T> &b, 
 template <class T>
 __device__ __forceinline__ void finish(const Encode &e, const Between<T> &b, int64_t user, int64_t count) {
   const fssa_context_input &in = e.in;
-  const int64_t width = in.latent_width;
+  const int64_t width = in.encoder.latent_width;
   const auto weights = [](const void *data) { return static_cast<const T *>(data); };
   if (b.on_chip) {  // products read whole steps
     const int64_t more = b.stride - PIECE<T> - width;
     for (int64_t i = threadIdx.x; i < count * more; i += THREADS) {
       const int64_t at = i / more * b.stride + width + i % more;
       store(b.h + at, from_float<T>(0.0f));
-      if (in.inner == FSSA_INNER_MLP) store(b.first + at, from_float<T>(0.0f));
+      if (in.encoder.inner == FSSA_INNER_MLP) store(b.first + at, from_float<T>(0.0f));
     }
   }
   __syncthreads();
-  if (in.inner == FSSA_INNER_MLP) {
+  if (in.encoder.inner == FSSA_INNER_MLP) {
     multiply_rows(b.first, b.stride, b.on_chip, weights(in.weights.inner1), weights(in.weights.inner1_bias), b.h, b.stride,
                   count, width, width);
   }
 
   float *pooled = b.vectors, *joined = pooled + 2 * width;
-  if (in.pooling == FSSA_POOL_ATTENTION) {
+  if (in.encoder.pooling == FSSA_POOL_ATTENTION) {
     multiply_rows(b.h, b.stride, b.on_chip, weights(in.weights.qkv), weights(in.weights.qkv_bias), b.qk, b.qk_stride, count,
                   2 * width, width);
-    share_out(b, count, width, in.heads);
-    for (int64_t i = threadIdx.x; i < in.heads * width; i += THREADS) {
+    share_out(b, count, width, in.encoder.heads);
+    for (int64_t i = threadIdx.x; i < in.encoder.heads * width; i += THREADS) {
       float sum = 0.0f;
       for (int64_t j = 0; j < count; j++) {
         sum = fmaf(load(b.shares + i / width * b.head_stride + j), to_float(load(b.h + j * b.stride + i % width)), sum);
@@ -286,7 +286,7 @@ __device__ __forceinline__ void finish(const Encode &e, const Between<T> &b, int
       store(b.mixed + i, sum);
     }
     __syncthreads();
-    const int64_t depth = width / in.heads;
+    const int64_t depth = width / in.encoder.heads;
     multiply_vector(
         weights(in.weights.qkv) + 2 * width * width, weights(in.weights.qkv_bias) + 2 * width, static_cast<float>(count),
         width, width, [&](int64_t n) { return b.mixed + n / depth * width; },
@@ -296,7 +296,7 @@ __device__ __forceinline__ void finish(const Encode &e, const Between<T> &b, int
         weights(in.weights.out), weights(in.weights.out_bias), static_cast<float>(count), width, width,
         [&](int64_t) { return joined; }, [&](int64_t n, float sum) { store(pooled + n, sum); });
   } else {
-    const float share = in.pooling == FSSA_POOL_MEAN && count > 0 ? 1.0f / static_cast<float>(count) : 1.0f;
+    const float share = in.encoder.pooling == FSSA_POOL_MEAN && count > 0 ? 1.0f / static_cast<float>(count) : 1.0f;
     for (int64_t n = threadIdx.x; n < width; n += THREADS) {
       float sum = 0.0f;
       for (int64_t j = 0; j < count; j++) sum += to_float(load(b.h + j * b.stride + n));
@@ -308,8 +308,8 @@ __device__ __forceinline__ void finish(const Encode &e, const Between<T> &b, int
       weights(in.weights.outer0), weights(in.weights.outer0_bias), 1.0f, width, width, [&](int64_t) { return pooled; },
       [&](int64_t n, float sum) { store(joined + n, sum < 0.0f ? 0.0f : sum); });
   __syncthreads();
-  const bool noisy = e.latent && e.noise != nullptr && in.encoded_width == 2 * width;
-  const int64_t outputs = e.latent ? width : in.encoded_width;
+  const bool noisy = e.latent && e.noise != nullptr && in.encoder.encoded_width == 2 * width;
+  const int64_t outputs = e.latent ? width : in.encoder.encoded_width;
   T *result = static_cast<T *>(e.result) + user * outputs;
   multiply_vector(
       weights(in.weights.outer1), weights(in.weights.outer1_bias), 1.0f, noisy ? 2 * width : outputs, width,
@@ -335,7 +335,8 @@ __global__ void __launch_bounds__(THREADS, 1) encode_kernel(Encode e, bool whole
   let_next_launch_begin();
   using Tile = First<T>;
   const fssa_context_input &in = e.in;
-  const int64_t width = in.latent_width, tile = blockIdx.x / e.column_blocks;
+  const int64_t width = in.encoder.latent_width, embedding = in.encoder.embedding_width;
+  const int64_t tile = blockIdx.x / e.column_blocks;
   int64_t user = 0, beyond = in.users;  // the last user whose first tile is not after this one
   while (beyond - user > 1) {
     const int64_t middle = (user + beyond) / 2;
@@ -350,19 +351,19 @@ __global__ void __launch_bounds__(THREADS, 1) encode_kernel(Encode e, bool whole
   const bool all = e.column_blocks == 1 && e.splits == 1 && count <= e.room;  // one block's work
   if (number >= (all ? 1 : own_tiles)) return;  // more tiles were launched than there are
   const Between<T> b = between<T>(e, user, begin, count);
-  const int64_t start = blockIdx.y * e.chunk, size = smaller(e.chunk, in.embedding_width - start);
+  const int64_t start = blockIdx.y * e.chunk, size = smaller(e.chunk, embedding - start);
   for (int64_t row = number * PAIRS; row < (all ? count : smaller(count, (number + 1) * PAIRS)); row += PAIRS) {
     for (int64_t column = blockIdx.x % e.column_blocks * Tile::COLUMNS; column < width;
          column += e.column_blocks * Tile::COLUMNS) {
       constexpr int OWN = Tile::ROWS * Tile::COLUMNS / THREADS;  // elements of a thread
       static_assert(OWN * THREADS == Tile::ROWS * Tile::COLUMNS, "every thread has as many elements");
-      const T *inner0 = static_cast<const T *>(in.weights.inner0) + column * 2 * in.embedding_width + start;
+      const T *inner0 = static_cast<const T *>(in.weights.inner0) + column * 2 * embedding + start;
       float sums[OWN] = {};
 #pragma unroll 1
       for (int64_t half = 0; half < 2; half++) {
-        Tile::run(ChoiceRows<T>{static_cast<const T *>(in.pairs), in.choices, in.embedding_width, begin + row, count - row,
+        Tile::run(ChoiceRows<T>{static_cast<const T *>(in.pairs), in.choices, embedding, begin + row, count - row,
                                 half, start},
-                  MatrixRows<T>{inner0 + half * in.embedding_width, 2 * in.embedding_width, width - column}, size,
+                  MatrixRows<T>{inner0 + half * embedding, 2 * embedding, width - column}, size,
                   whole_pairs, whole_weights);
 #pragma unroll
         for (int i = 0; i < OWN; i++) {
@@ -447,19 +448,19 @@ int64_t lay_out(Encode &e, void *base) {
     used += divide_up(bytes, 256) * 256;
     return at;
   };
-  const int64_t size = in.dtype == FSSA_FLOAT32 ? 4 : 2, pairs = in.pair_count, width = in.latent_width;
-  const bool attention = in.pooling == FSSA_POOL_ATTENTION;
-  e.splits = larger(1, smaller(MOST_SPLITS, in.embedding_width / CHUNK));
-  e.chunk = larger(1, divide_up(divide_up(in.embedding_width, e.splits), 128)) * 128;  // whole steps of every dtype
-  e.splits = larger(1, divide_up(in.embedding_width, e.chunk));
+  const int64_t size = in.dtype == FSSA_FLOAT32 ? 4 : 2, pairs = in.pair_count, width = in.encoder.latent_width;
+  const bool attention = in.encoder.pooling == FSSA_POOL_ATTENTION;
+  e.splits = larger(1, smaller(MOST_SPLITS, in.encoder.embedding_width / CHUNK));
+  e.chunk = larger(1, divide_up(divide_up(in.encoder.embedding_width, e.splits), 128)) * 128;  // whole steps of every dtype
+  e.splits = larger(1, divide_up(in.encoder.embedding_width, e.chunk));
   e.parts = static_cast<float *>(take(e.splits * pairs * width * 4));
   e.arrived = static_cast<int32_t *>(take(in.users * 4));
-  e.first = take(in.inner == FSSA_INNER_MLP ? pairs * width * size : 0);
+  e.first = take(in.encoder.inner == FSSA_INNER_MLP ? pairs * width * size : 0);
   e.h = take(pairs * width * size);
   e.qk = take(attention ? pairs * 2 * width * size : 0);
-  e.norms = static_cast<float *>(take(attention ? in.heads * pairs * 4 : 0));
-  e.shares = static_cast<float *>(take(attention ? in.heads * pairs * 4 : 0));
-  e.mixed = static_cast<float *>(take(attention ? in.users * in.heads * width * 4 : 0));
+  e.norms = static_cast<float *>(take(attention ? in.encoder.heads * pairs * 4 : 0));
+  e.shares = static_cast<float *>(take(attention ? in.encoder.heads * pairs * 4 : 0));
+  e.mixed = static_cast<float *>(take(attention ? in.users * in.encoder.heads * width * 4 : 0));
   e.vectors = static_cast<float *>(take(in.users * 4 * width * 4));
   return used;
 }
@@ -479,10 +480,10 @@ void encode(const fssa_context_input &in, bool latent, const void *noise, void *
     size = 0;
   }
   const bool alone = e.splits == 1 && in.users >= MANY_USERS && e.room > 0;
-  e.column_blocks = alone ? 1 : divide_up(in.latent_width, First<T>::COLUMNS);
+  e.column_blocks = alone ? 1 : divide_up(in.encoder.latent_width, First<T>::COLUMNS);
   const int64_t tiles = (in.pair_count / PAIRS + in.users) * e.column_blocks;
-  const bool whole_pairs = whole_pieces<T>(in.pairs, in.embedding_width);
-  const bool whole_weights = whole_pieces<T>(in.weights.inner0, in.embedding_width);
+  const bool whole_pairs = whole_pieces<T>(in.pairs, in.encoder.embedding_width);
+  const bool whole_weights = whole_pieces<T>(in.weights.inner0, in.encoder.embedding_width);
   launch("context: encode", encode_kernel<T>,
          dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(e.splits)), THREADS,
          static_cast<size_t>(STAGES<T> + size), stream, false, e, whole_pairs, whole_weights);
@@ -490,7 +491,7 @@ void encode(const fssa_context_input &in, bool latent, const void *noise, void *
 
 template <class T, class Tile>
 void rows(const fssa_context_rows_args &a, void *stream) {
-  const Rows r{a.input.users, a.input.latent_width, a.bank_width, a.latents, a.modulation, a.modulation_bias,
+  const Rows r{a.input.users, a.input.encoder.latent_width, a.bank_width, a.latents, a.modulation, a.modulation_bias,
                a.bank_dtype,  a.bank,               a.slots};
   const int64_t tiles = divide_up(r.users, Tile::ROWS) * divide_up(r.width, Tile::COLUMNS);
   if (tiles == 0) return;

@@ -17,8 +17,8 @@ __global__ void __launch_bounds__(FILM_THREADS) film_kernel(fssa_film_args a, bo
   const int64_t slot = slot_of(a.slots, row);
   float x[PIECE<T>], scale[PIECE<T>], shift[PIECE<T>];
   load_piece(x, row_of<T>(a.x, row) + d, left, whole);
-  load_piece(scale, row_of<T>(a.scale, slot) + d, left, whole);
-  load_piece(shift, row_of<T>(a.shift, slot) + d, left, whole);
+  load_piece(scale, row_of<T>(a.film.scale, slot) + d, left, whole);
+  load_piece(shift, row_of<T>(a.film.shift, slot) + d, left, whole);
 #pragma unroll
   for (int i = 0; i < PIECE<T>; i++) x[i] = fmaf(x[i], 1.0f + scale[i], shift[i]);
   store_piece(row_of<T>(a.y, row) + d, x, left, whole);
@@ -41,8 +41,8 @@ __global__ void __launch_bounds__(MOST_NORM_THREADS) film_norm_kernel(fssa_film_
   T *keep = reinterpret_cast<T *>(sums + 32);
   const int64_t row = blockIdx.x, slot = slot_of(a.slots, row), step = static_cast<int64_t>(blockDim.x) * PIECE<T>;
   const T *x_row = row_of<T>(a.x, row), *residual_row = row_of<T>(a.residual, row);
-  const T *scale_row = row_of<T>(a.scale, slot), *shift_row = row_of<T>(a.shift, slot);
-  const T *weight = static_cast<const T *>(a.weight);
+  const T *scale_row = row_of<T>(a.film.scale, slot), *shift_row = row_of<T>(a.film.shift, slot);
+  const T *weight = static_cast<const T *>(a.norm.weight);
   T *hidden_row = row_of<T>(a.hidden, row), *normed_row = row_of<T>(a.normed, row);
   float squares = 0.0f;
   for (int64_t d = threadIdx.x * PIECE<T>; d < a.width; d += step) {
@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(MOST_NORM_THREADS) film_norm_kernel(fssa_film_
     store_piece(hidden_row + d, x, left, whole);
     if (d < kept) store_piece(keep + d, x, PIECE<T>, true);
   }
-  const float inverse = rsqrtf(block_sum(squares, sums) / static_cast<float>(a.width) + a.eps);
+  const float inverse = rsqrtf(block_sum(squares, sums) / static_cast<float>(a.width) + a.norm.eps);
   for (int64_t d = threadIdx.x * PIECE<T>; d < a.width; d += step) {
     const int64_t left = a.width - d;
     float hidden[PIECE<T>], scaled[PIECE<T>];
@@ -78,8 +78,8 @@ __global__ void __launch_bounds__(MOST_NORM_THREADS) film_norm_kernel(fssa_film_
 
 template <class T>
 void film(const fssa_film_args &a, void *stream) {
-  const bool whole = whole_pieces<T>(a.x.data, a.x.stride) && whole_pieces<T>(a.scale.data, a.scale.stride) &&
-                     whole_pieces<T>(a.shift.data, a.shift.stride) && whole_pieces<T>(a.y.data, a.y.stride);
+  const bool whole = whole_pieces<T>(a.x.data, a.x.stride) && whole_pieces<T>(a.film.scale.data, a.film.scale.stride) &&
+                     whole_pieces<T>(a.film.shift.data, a.film.shift.stride) && whole_pieces<T>(a.y.data, a.y.stride);
   const int64_t stretches = divide_up(a.width, FILM_THREADS * PIECE<T>);
   launch("film", film_kernel<T>, dim3(static_cast<unsigned>(a.rows), static_cast<unsigned>(stretches)), FILM_THREADS, 0,
          stream, false, a, whole);
@@ -88,8 +88,9 @@ void film(const fssa_film_args &a, void *stream) {
 template <class T>
 void film_norm(const fssa_film_norm_args &a, void *stream) {
   const bool whole = whole_pieces<T>(a.x.data, a.x.stride) && whole_pieces<T>(a.residual.data, a.residual.stride) &&
-                     whole_pieces<T>(a.scale.data, a.scale.stride) && whole_pieces<T>(a.shift.data, a.shift.stride) &&
-                     whole_pieces<T>(a.weight, 0) && whole_pieces<T>(a.hidden.data, a.hidden.stride) &&
+                     whole_pieces<T>(a.film.scale.data, a.film.scale.stride) &&
+                     whole_pieces<T>(a.film.shift.data, a.film.shift.stride) &&
+                     whole_pieces<T>(a.norm.weight, 0) && whole_pieces<T>(a.hidden.data, a.hidden.stride) &&
                      whole_pieces<T>(a.normed.data, a.normed.stride);
   // The order of the sum follows from the number of threads, and that from the width.
   const int64_t threads = smaller(MOST_NORM_THREADS, divide_up(divide_up(a.width, PIECE<T>), 32) * 32);

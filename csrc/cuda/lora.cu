@@ -22,8 +22,7 @@ struct Shrink {
 struct Expand {
   int64_t rows, rank, splits, first_rank;  // of the first part
   const float *hidden;
-  fssa_input gamma, beta;
-  int64_t gamma_column_stride;
+  fssa_modulation modulation;
   fssa_slots slots;
   float scaling;
   int32_t part_count;
@@ -153,8 +152,8 @@ __global__ void __launch_bounds__(EXPAND_THREADS) expand_kernel(Expand e) {
         const float *hidden = e.hidden + (row + m) * e.rank + rank;
 #pragma unroll 4
         for (int64_t split = 0; split < e.splits; split++) value += load(hidden + split * e.rows * e.rank);
-        value *= to_float(load(row_of<T>(e.gamma, slot) + rank * e.gamma_column_stride));
-        if (e.beta.data != nullptr) value += to_float(load(row_of<T>(e.beta, slot) + rank));
+        value *= to_float(load(row_of<T>(e.modulation.gamma, slot) + rank * e.modulation.gamma_column_stride));
+        if (e.modulation.beta.data != nullptr) value += to_float(load(row_of<T>(e.modulation.beta, slot) + rank));
       }
       modulated[m * Tile::HIDDEN_PITCH + r] = from_float<T>(value);
     }
@@ -210,8 +209,8 @@ void shrink(const fssa_lora_args &a, int64_t rank, float *hidden, void *stream) 
 template <class T, int MT>
 void expand(const fssa_lora_args &a, int64_t rank, const float *hidden, void *stream) {
   using Tile = ExpandTile<T, MT>;
-  Expand e{a.rows, rank, divide_up(a.width, chunk_of(a.width)), 0, hidden, a.gamma, a.beta, a.gamma_column_stride,
-           a.slots, a.scaling, 0, {}};
+  Expand e{a.rows, rank, divide_up(a.width, chunk_of(a.width)), 0, hidden, a.modulation, a.slots, a.scaling,
+           0, {}};
   for (int64_t first = 0; first < a.part_count; first += PARTS) {
     e.part_count = static_cast<int32_t>(smaller(PARTS, a.part_count - first));
     int64_t tiles = 0, ranks = 0;

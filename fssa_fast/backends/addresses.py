@@ -1,4 +1,4 @@
-"""Tensors as the native code takes them: addresses, strides and sizes.
+"""Tensors as the native code takes them: addresses, strides and sizes, in the groups of csrc/fssa.h.
 
 Views are taken as they are where the elements of a row are neighbours, and copied where they are not.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,28 +39,49 @@ def new_like(tensor: Tensor) -> Tensor:
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
-def gamma_of(gamma: Tensor) -> tuple[Tensor, int]:
-    """gamma, and the distance of its columns: 0 where a row is one number, expanded."""
-    if gamma.stride(1) == 0:
-        return gamma, 0
-    return rows_of(gamma), 1
+def modulation_of(gamma: Tensor, beta: Tensor | None) -> tuple[tuple[int, int], tuple[int, int], int]:
+    """A `fssa_modulation` of matrices with adjacent columns, or of a gamma whose row is one number, expanded."""
+    return at(gamma), (0, 0) if beta is None else at(beta), gamma.stride(1)
+
+
+def gamma_rows(gamma: Tensor) -> Tensor:
+    """gamma as `modulation_of` takes it."""
+    return gamma if gamma.stride(1) == 0 else rows_of(gamma)
 
 
 def addresses(tensors: Sequence[Tensor | None]) -> list[int]:
     return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
-def encoder_of(
-    pairs: Tensor, offsets: Tensor, weights: Sequence[Tensor | None], inner: str, pooling: str, heads: int
-) -> tuple[int, ...]:
-    """Sizes and kind of an encoder: (N, U, E, H, Z, heads, inner, pooling)."""
-    first, last = weights[0], weights[-2]
-    assert first is not None and last is not None
-    return (
-        pairs.shape[0], offsets.shape[0] - 1, pairs.shape[2], first.shape[0], last.shape[0], heads,
-        INNER.index(inner), POOLING.index(pooling),
-    )  # fmt: skip
+class ContextInput(NamedTuple):
+    """A `fssa_context_input`, by tensors that are contiguous."""
 
+    pairs: Tensor
+    choices: Tensor
+    offsets: Tensor
+    weights: list[Tensor | None]
+    encoder: tuple[int, ...]  # E, H, Z, heads, inner, pooling
 
-def contiguous(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    return [tensor if tensor is None else tensor.contiguous() for tensor in tensors]
+    @classmethod
+    def of(
+        cls, pairs: Tensor, choices: Tensor, offsets: Tensor, weights: Sequence[Tensor | None], inner: str,
+        pooling: str, heads: int,
+    ) -> ContextInput:  # fmt: skip
+        """The arguments of the op `context`."""
+        first, last = weights[0], weights[-2]
+        assert first is not None and last is not None
+        return cls(
+            pairs.contiguous(), choices.long().contiguous(), offsets.to(pairs.device).long().contiguous(),
+            [weight if weight is None else weight.contiguous() for weight in weights],
+            (pairs.shape[2], len(first), len(last), heads, INNER.index(inner), POOLING.index(pooling)),
+        )  # fmt: skip
+
+    @property
+    def users(self) -> int:
+        return len(self.offsets) - 1
+
+    def group(self) -> tuple[object, ...]:
+        """As the core takes it."""
+        pairs, choices, offsets, weights, encoder = self
+        where = pairs.data_ptr(), choices.data_ptr(), offsets.data_ptr(), addresses(weights)
+        return CODES[pairs.dtype], len(pairs), self.users, encoder, *where

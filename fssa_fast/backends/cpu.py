@@ -12,11 +12,11 @@ from fssa_fast._native import load_native
 from fssa_fast.backends import BackendError
 from fssa_fast.backends.addresses import (
     CODES,
+    ContextInput,
     addresses,
     at,
-    contiguous,
-    encoder_of,
-    gamma_of,
+    gamma_rows,
+    modulation_of,
     new_like,
     rows_of,
     slots_of,
@@ -123,9 +123,9 @@ def film_norm_backward(
     scale, shift, slots, weight = rows_of(scale), rows_of(shift), slots.contiguous(), weight.contiguous()
     rows, width = points.shape
     core().cpu_film_norm_backward(
-        CODES[x.dtype], rows, width, at(grad_hidden), at(grad_normed), at(points), at(residual), at(scale),
-        at(shift), slots_of(slots, rows, scale.shape[0]), weight.data_ptr(), eps, (dx.data_ptr(), width),
-        (dscale.data_ptr(), width), (dshift.data_ptr(), width), dweight.data_ptr(), torch.get_num_threads(),
+        CODES[x.dtype], rows, width, at(grad_hidden), at(grad_normed), at(points), at(residual),
+        (at(scale), at(shift)), slots_of(slots, rows, scale.shape[0]), (weight.data_ptr(), eps),
+        (*((to.data_ptr(), width) for to in (dx, dscale, dshift)), dweight.data_ptr()), torch.get_num_threads(),
     )  # fmt: skip
     return dx, dscale, dshift, dweight
 
@@ -142,15 +142,15 @@ def lora_backward(
 ) -> tuple[Tensor, Tensor, list[Tensor], Tensor, Tensor]:
     dx, da, dbs, dgamma, dbeta = new_like(x), new_like(a), [new_like(b) for b in bs], new_like(gamma), new_like(gamma)
     points, a, slots = rows_of(x), rows_of(a), slots.contiguous()
-    gamma, column_stride = gamma_of(gamma)
+    gamma = gamma_rows(gamma)
     beta = None if beta is None else rows_of(beta)
     grads, bs = [rows_of(grad) for grad in grads], [rows_of(b) for b in bs]
     parts = [(*b.shape, at(grad), at(b), at(db)) for grad, b, db in zip(grads, bs, dbs, strict=True)]
     rows, width = points.shape
     core().cpu_lora_backward(
-        CODES[x.dtype], rows, width, at(points), at(a), at(gamma), (0, 0) if beta is None else at(beta),
-        column_stride, slots_of(slots, rows, gamma.shape[0]), scaling, parts, (dx.data_ptr(), width), at(da),
-        at(dgamma), at(dbeta), torch.get_num_threads(),
+        CODES[x.dtype], rows, width, at(points), at(a), modulation_of(gamma, beta),
+        slots_of(slots, rows, gamma.shape[0]), scaling, parts,
+        ((dx.data_ptr(), width), at(da), at(dgamma), at(dbeta)), torch.get_num_threads(),
     )  # fmt: skip
     return dx, da, dbs, dgamma, dbeta
 
@@ -165,14 +165,12 @@ def context_backward(
     pooling: str,
     heads: int,
 ) -> tuple[Tensor, list[Tensor]]:
-    grad, pairs, choices, offsets = grad.contiguous(), pairs.contiguous(), choices.long(), offsets.long()
-    choices, offsets, weights = choices.contiguous(), offsets.contiguous(), contiguous(weights)
-    encoder = encoder_of(pairs, offsets, weights, inner, pooling, heads)
+    grad = grad.contiguous()
+    given = ContextInput.of(pairs, choices, offsets, weights, inner, pooling, heads)
     dpairs, gradients = new_like(pairs), [None if w is None else new_like(w) for w in weights]
     core().cpu_context_backward(
-        CODES[pairs.dtype], encoder, pairs.data_ptr(), choices.data_ptr(), offsets.data_ptr(), addresses(weights),
-        grad.data_ptr(), dpairs.data_ptr(), addresses(gradients), torch.get_num_threads(),
-    )  # fmt: skip
+        given.group(), grad.data_ptr(), dpairs.data_ptr(), addresses(gradients), torch.get_num_threads()
+    )
     return dpairs, [gradient for gradient in gradients if gradient is not None]
 
 

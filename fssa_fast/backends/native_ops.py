@@ -10,11 +10,11 @@ from torch import Tensor
 from fssa_fast.backends import BackendError
 from fssa_fast.backends.addresses import (
     CODES,
+    ContextInput,
     addresses,
     at,
-    contiguous,
-    encoder_of,
-    gamma_of,
+    gamma_rows,
+    modulation_of,
     new_like,
     rows_of,
     slots_of,
@@ -38,7 +38,7 @@ class ForwardOps:
         y, points, scale, shift, slots = new_like(x), rows_of(x), rows_of(scale), rows_of(shift), slots.contiguous()
         rows, width = points.shape
         self._launch(
-            "film", x, CODES[x.dtype], rows, width, at(points), at(scale), at(shift),
+            "film", x, CODES[x.dtype], rows, width, at(points), (at(scale), at(shift)),
             slots_of(slots, rows, scale.shape[0]), (y.data_ptr(), width),
         )  # fmt: skip
         return y
@@ -51,8 +51,8 @@ class ForwardOps:
         scale, shift, slots, weight = rows_of(scale), rows_of(shift), slots.contiguous(), weight.contiguous()
         rows, width = points.shape
         self._launch(
-            "film_norm", x, CODES[x.dtype], rows, width, at(points), at(residual), at(scale), at(shift),
-            slots_of(slots, rows, scale.shape[0]), weight.data_ptr(), eps, (hidden.data_ptr(), width),
+            "film_norm", x, CODES[x.dtype], rows, width, at(points), at(residual), (at(scale), at(shift)),
+            slots_of(slots, rows, scale.shape[0]), (weight.data_ptr(), eps), (hidden.data_ptr(), width),
             (normed.data_ptr(), width),
         )  # fmt: skip
         return hidden, normed
@@ -71,14 +71,14 @@ class ForwardOps:
     ) -> None:
         """lora from ys into outs, matrices with adjacent columns."""
         points, a, slots = rows_of(x), rows_of(a), slots.contiguous()
-        gamma, column_stride = gamma_of(gamma)
+        gamma = gamma_rows(gamma)
         beta = None if beta is None else rows_of(beta)
         bs = [rows_of(b) for b in bs]
         parts = [(*b.shape, at(y), at(b), at(out)) for y, b, out in zip(ys, bs, outs, strict=True)]
         rows, width = points.shape
         self._launch(
-            "lora", x, CODES[x.dtype], rows, width, at(points), at(a), at(gamma), (0, 0) if beta is None else at(beta),
-            column_stride, slots_of(slots, rows, gamma.shape[0]), scaling, parts,
+            "lora", x, CODES[x.dtype], rows, width, at(points), at(a), modulation_of(gamma, beta),
+            slots_of(slots, rows, gamma.shape[0]), scaling, parts,
         )  # fmt: skip
 
     def lora(
@@ -126,14 +126,9 @@ class ForwardOps:
         heads: int,
     ) -> Tensor:
         """As the op."""
-        pairs, choices, weights = pairs.contiguous(), choices.long().contiguous(), contiguous(weights)
-        offsets = offsets.to(pairs.device).long().contiguous()
-        encoder = encoder_of(pairs, offsets, weights, inner, pooling, heads)
-        encoded = pairs.new_empty(encoder[1], encoder[4])
-        self._launch(
-            "context", pairs, CODES[pairs.dtype], encoder, pairs.data_ptr(), choices.data_ptr(), offsets.data_ptr(),
-            addresses(weights), encoded.data_ptr(),
-        )  # fmt: skip
+        given = ContextInput.of(pairs, choices, offsets, weights, inner, pooling, heads)
+        encoded = pairs.new_empty(given.users, given.encoder[2])
+        self._launch("context", pairs, given.group(), encoded.data_ptr())
         return encoded
 
     def context_rows_(
@@ -154,18 +149,15 @@ class ForwardOps:
         """As the op, into the bank's rows."""
         if pairs.dtype not in CODES:
             raise BackendError(f"backend {self._backend!r} cannot take pairs of dtype {pairs.dtype}")
-        pairs, choices, weights = pairs.contiguous(), choices.long().contiguous(), contiguous(weights)
-        offsets, slots = offsets.to(pairs.device).long().contiguous(), slots.contiguous()
-        modulation, modulation_bias = modulation.contiguous(), modulation_bias.contiguous()
+        given = ContextInput.of(pairs, choices, offsets, weights, inner, pooling, heads)
+        slots, modulation, modulation_bias = slots.contiguous(), modulation.contiguous(), modulation_bias.contiguous()
         noise = None if noise is None else noise.contiguous()
-        encoder = encoder_of(pairs, offsets, weights, inner, pooling, heads)
-        latents = pairs.new_empty(encoder[1], encoder[3])
+        latents = pairs.new_empty(given.users, given.encoder[1])
         table = rows_of(bank)
+        rows = CODES[bank.dtype], at(table), table.shape[1], slots_of(slots, slots.numel(), table.shape[0])
         self._launch(
-            "context_rows", pairs, CODES[pairs.dtype], encoder, pairs.data_ptr(), choices.data_ptr(),
-            offsets.data_ptr(), addresses(weights), CODES[bank.dtype], at(table), table.shape[1],
-            slots_of(slots, slots.numel(), table.shape[0]), modulation.data_ptr(), modulation_bias.data_ptr(),
-            0 if noise is None else noise.data_ptr(), latents.data_ptr(),
+            "context_rows", pairs, given.group(), rows,
+            (*addresses([modulation, modulation_bias, noise]), latents.data_ptr()),
         )  # fmt: skip
         if table.data_ptr() != bank.data_ptr():
             bank.copy_(table)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fssa_fast.backends.addresses import CODES, at, slots_of
+from fssa_fast.backends.addresses import CODES, addresses, at, modulation_of, slots_of
 from fssa_fast.generation.block_ops import (
     ACTIVATIONS,
     AttentionInputs,
@@ -52,9 +52,8 @@ class NativeOps:
     def adapt(self, parts: Sequence[Expansion], slots: Tensor) -> Step:
         listed = [
             (
-                part.b.width, part.b.outputs, at(part.hidden), at(part.gamma),
-                (0, 0) if part.beta is None else at(part.beta), part.gamma.stride(1), part.b.data.data_ptr(),
-                at(part.y),
+                part.b.width, part.b.outputs, at(part.hidden), modulation_of(part.gamma, part.beta),
+                part.b.data.data_ptr(), at(part.y),
             )
             for part in parts
         ]  # fmt: skip
@@ -71,8 +70,8 @@ class NativeOps:
     def film_norm(self, given: FilmNorm) -> Step:
         x, scale, slots = given.x, given.scale, given.slots
         args = (
-            CODES[x.dtype], *x.shape, at(x), at(given.residual), at(scale), at(given.shift),
-            slots_of(slots, len(slots), len(scale)), given.weight.data_ptr(), given.eps, at(given.hidden),
+            CODES[x.dtype], *x.shape, at(x), at(given.residual), (at(scale), at(given.shift)),
+            slots_of(slots, len(slots), len(scale)), (given.weight.data_ptr(), given.eps), at(given.hidden),
             at(given.normed), torch.get_num_threads(),
         )  # fmt: skip
         return self._call(self._core.cpu_film_norm, args, given)
@@ -80,15 +79,15 @@ class NativeOps:
     def attention(
         self, settings: AttentionSettings, given: AttentionInputs, cache: BlockCache, layer: int, out: Tensor
     ) -> Step:
-        s, q, positions, sequences = settings, given.q, given.positions, given.sequences
+        s, positions, sequences, table = settings, given.positions, given.sequences, cache.table
         keys, values = cache.layer(layer)
-        args = (
-            CODES[out.dtype], (len(q), s.heads, s.kv_heads, s.head_width), at(q), at(given.k), at(given.v),
-            0 if s.q_norm is None else s.q_norm.data_ptr(), 0 if s.k_norm is None else s.k_norm.data_ptr(), s.eps,
-            s.cos.data_ptr(), s.sin.data_ptr(), len(s.cos), positions.data_ptr(), sequences.data_ptr(),
-            cache.table.data_ptr(), *cache.table.shape, keys.data_ptr(), values.data_ptr(), len(keys),
-            s.scale, s.softcap, s.window, at(out), torch.get_num_threads(),
-        )  # fmt: skip
+        heads = s.heads, s.kv_heads, s.head_width
+        matrices = at(given.q), at(given.k), at(given.v)
+        tokens = len(given.q), *matrices, positions.data_ptr(), sequences.data_ptr()
+        rotary = *addresses([s.q_norm, s.k_norm]), s.eps, s.cos.data_ptr(), s.sin.data_ptr(), len(s.cos)
+        blocks = keys.data_ptr(), values.data_ptr(), len(keys), table.data_ptr(), *table.shape
+        scores = s.scale, s.softcap, s.window
+        args = CODES[out.dtype], heads, tokens, rotary, blocks, scores, at(out), torch.get_num_threads()
         return self._call(self._core.cpu_attention, args, s, given, cache, out)
 
     @staticmethod
