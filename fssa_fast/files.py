@@ -138,16 +138,17 @@ def check_dtypes(where: str, tensors: Mapping[str, Tensor], expected: Mapping[st
             raise CheckpointError(f"{where}: {name!r}: expected dtype {allowed}, got {tensor.dtype}")
 
 
-def read_tensors(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def read_tensors(path: Path, expected: Mapping[str, Tensor], *, others: bool = False) -> dict[str, Tensor]:
     """The tensors of a safetensors file, which must have the names and shapes of `expected` (meta tensors).
 
-    A file named by its content must have that content.
+    others: whether it may hold more, which is left there. A file named by its content must have that content.
     """
     if not path.is_file():
         raise CheckpointError(f"{path}: there is no such file")
     try:
         with safe_open(path, framework="pt") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+            names = [name for name in file.keys() if name in expected or not others]
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
             check_tensors(str(path), shapes, expected)
             tensors = {name: file.get_tensor(name) for name in expected}
         check_dtypes(str(path), tensors, expected)

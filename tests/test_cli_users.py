@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from tiny import VOCABULARY, WIDTH, make_model, make_policy, make_tokenizer
 from transformers import BertConfig, BertModel
 from typer.testing import CliRunner, Result
 
-from fssa_fast import SteerablePolicy, TextEmbedder, cli
+from fssa_fast import Choice, SteerablePolicy, TextEmbedder, cli
 from fssa_fast.users import SqliteStore
 
 
@@ -212,3 +213,45 @@ def test_chat_ends_with_its_input(folder: Path, tmp_path: Path) -> None:
     arguments = ["chat", folder / "policy", "--user", "dora", "--store", tmp_path / "users.db"]
     result = run(*arguments, "--max-new-tokens", "300", typed="w7\n")
     assert result.exit_code == 0 and "/new begins a new conversation" in result.output
+
+
+# ---------------------------------------------------------------- without the language model
+
+
+def test_users_come_from_the_file_that_training_reads_and_without_the_language_model(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The latents are those that the whole policy gives."""
+    told = [CHOICES[0], {"prompt": "w7", "chosen": "w11", "rejected": "w12 w9"}]
+    trained_on = write(
+        tmp_path / "choices.jsonl",
+        *({"user": user, "group": "g", **choice} for user in ("ann", "ben") for choice in told),
+    )
+    policy = SteerablePolicy.from_pretrained(folder / "policy")
+    policy.users.add("ann", [Choice(**choice) for choice in told])
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", None)
+    store = tmp_path / "few.db"
+    result = run("users", "import", folder / "policy", "--choices", trained_on, "--store", store)
+    assert result.exit_code == 0 and f"{store}: 2 users" in result.output, result.output
+    result = run("users", "add", folder / "policy", "cleo", "--choices", trained_on, "--store", store)
+    assert isinstance(result.exception, ValueError) and "expected choices of user 'cleo', got one of 'ann'" in str(
+        result.exception
+    )
+    found = SqliteStore(store).get("ann")
+    latent = policy.users["ann"].latent
+    assert found is not None and latent is not None and torch.equal(found.latent, latent.bfloat16())
+    for arguments in ((), (trained_on, "--choices", trained_on)):
+        result = run("users", "import", folder / "policy", *arguments, "--store", store)
+        assert isinstance(result.exception, ValueError) and "expected one of them" in str(result.exception)
+
+
+def test_models_run_where_they_are_told(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "answers.jsonl"
+    told = ("generate", folder / "policy", "--prompt", "w7 w8", "--user", "__base__", "--max-new-tokens", 2, "--output")
+    result = run(*told, out, "--device", "cuda:7" if not torch.cuda.is_available() else "none")
+    assert isinstance(result.exception, ValueError) and "--device: expected one that is here" in str(result.exception)
+    assert run(*told, out, "--device", "cpu", "--dtype", "bfloat16").exit_code == 0
+    policy = SteerablePolicy.from_pretrained(folder / "policy", device_map="cpu", dtype=torch.bfloat16)
+    assert policy.model.dtype == policy.bank.rows.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="dtype: expected None, since base is a model already"):
+        SteerablePolicy.from_pretrained(folder / "policy", policy.detach(), dtype=torch.float32)

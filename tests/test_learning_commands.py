@@ -313,6 +313,16 @@ def test_a_policy_is_trained_measured_and_compared(models: Path) -> None:
     assert "implicit accuracy" in output
     share = json.loads((models / "eval.json").read_text())["tables"][0]["mean, low, high"]["implicit accuracy"]
     assert all(0 <= low <= mean <= high <= 1 for mean, low, high in share.values()) and set(share) == {"0", "3"}
+    # A base that was moved is found where it is said to be, and another one refused.
+    (models / "model").rename(models / "moved")
+    with pytest.raises(ValueError, match="base: expected"):
+        run("eval", policy, "--counts", "0")
+    again = run("eval", policy, "--counts", "0,3", "--base", models / "moved", "--embedder", models / "encoder")
+    assert again == output
+    with pytest.raises(ValueError, match="base: expected the weights of"):
+        make_model(seed=5).save_pretrained(models / "other")
+        run("eval", policy, "--counts", "0", "--base", models / "other")
+    (models / "moved").rename(models / "model")
     reward = models / "reward.yaml"
     reward.write_text(
         "data: {path: choices.jsonl, embedder: encoder}\noutput: judge\nmodel: {latent_width: 16}\n"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fssa_fast.commands.options import Base, Embedder, Policy, Store, load_policy
+from fssa_fast.commands.options import Base, Device, DType, Embedder, Policy, Store, load_policy, placed
 
 if TYPE_CHECKING:
     from fssa_fast.generation import Engine
@@ -26,13 +26,15 @@ def chat(
     store: Store,
     base: Base = None,
     embedder: Embedder = None,
+    device: Device = None,
+    dtype: DType = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer, at most.")] = 256,
     temperature: Annotated[float, typer.Option(help="Of the answers drawn; 0 takes the likeliest token.")] = 0.7,
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that add up to this.")] = 0.95,
     seed: Annotated[int | None, typer.Option(help="Of the first answer; later ones count on.")] = None,
 ) -> None:
     """Talk to the model as one user; /help says how answers become choices."""
-    loaded = load_policy(policy, base, embedder, store)
+    loaded = load_policy(policy, base, embedder, store, **placed(device, dtype))
     if loaded.tokenizer is None:
         raise ValueError("base: expected a model with a tokenizer beside it, got one without")
     if user not in loaded.users:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import typer
 
-from fssa_fast.commands.options import warn_outside
+from fssa_fast.commands.options import Base, Device, DType, Embedder, placed, warn_outside
 
 if TYPE_CHECKING:
+    from fssa_fast.policy import SteerablePolicy
     from fssa_fast.training.config import DataConfig
+    from fssa_fast.users import TextEmbedder
 
 Counts = Annotated[str, typer.Option(help="Numbers of choices, with commas.")]
 DataFile = Annotated[Path | None, typer.Option(help="A file of choices; without, the run's own and its test users.")]
@@ -27,6 +29,26 @@ def _counts(text: str) -> list[int]:
     if min(counts) < 0:
         raise ValueError(f"--counts: expected numbers >= 0, got {text!r}")
     return counts
+
+
+@dataclass(frozen=True)
+class Models:
+    """The models that a command was given in place of those that a run names, and where they are loaded."""
+
+    base: str | None
+    embedder: str | None
+    placed: dict[str, Any]
+
+    def policy(self, run: Path) -> SteerablePolicy:
+        from fssa_fast.policy import SteerablePolicy
+
+        return SteerablePolicy.from_pretrained(run, self.base, embedder=self.embedder, **self.placed)
+
+    def text_embedder(self, config: DataConfig) -> TextEmbedder | None:
+        """The one that a reward run names, or the one given; None where options are features."""
+        given = config if self.embedder is None else replace(config, embedder=self.embedder)
+        found = given.load_embedder(ask_hub=self.embedder is not None)
+        return None if found is None else found.to(self.placed["device_map"])
 
 
 @dataclass(frozen=True)
@@ -60,7 +82,7 @@ def _setup(run: dict[str, Any], data: Path | None) -> Setup:
     return Setup(Path(read.path), read, [names[i] for i in test])
 
 
-def _reward_scores(run: Path, setup: Setup, counts: list[int]) -> dict[int, Any]:
+def _reward_scores(run: Path, setup: Setup, counts: list[int], models: Models) -> dict[int, Any]:
     from fssa_fast.data.choices import held_out_examples
     from fssa_fast.data.files import choice_data, read_choices
     from fssa_fast.nn import RewardModel
@@ -69,7 +91,7 @@ def _reward_scores(run: Path, setup: Setup, counts: list[int]) -> dict[int, Any]
     choices = read_choices(setup.path)
     if setup.users is not None:
         choices = [choice for choice in choices if choice.user in set(setup.users)]
-    embedder = setup.config.load_embedder(ask_hub=False)
+    embedder = models.text_embedder(setup.config)
     data = choice_data(choices, None if embedder is None else embedder.encode, path=setup.path)
     model = RewardModel.from_pretrained(run)
     warn_outside(model, data.options, str(setup.path))
@@ -78,14 +100,13 @@ def _reward_scores(run: Path, setup: Setup, counts: list[int]) -> dict[int, Any]
     return {count: score(predict, data, truncate(examples, count)) for count in counts}
 
 
-def _policy_shares(run: Path, setup: Setup, counts: list[int]) -> dict[int, Any]:
+def _policy_shares(run: Path, setup: Setup, counts: list[int], models: Models) -> dict[int, Any]:
     from fssa_fast.data.files import read_choices
     from fssa_fast.evaluation.policies import held_out, implicit_margins
-    from fssa_fast.policy import SteerablePolicy
     from fssa_fast.training.fit_policy import preferences
     from fssa_fast.training.policy import ReferenceCache
 
-    policy = SteerablePolicy.from_pretrained(run)
+    policy = models.policy(run)
     by_user: dict[str, list[Any]] = {}
     for choice in read_choices(setup.path):
         if setup.users is None or choice.user in setup.users:
@@ -103,6 +124,10 @@ def evaluate(
     run: Annotated[Path, typer.Argument(help="A run directory.")],
     data: DataFile = None,
     counts: Counts = "0,1,3,5,10",
+    base: Base = None,
+    embedder: Embedder = None,
+    device: Device = None,
+    dtype: DType = None,
     json: JsonFile = None,
 ) -> None:
     """Measure a reward model, or a policy by its implicit rewards, on users it was not trained on."""
@@ -112,11 +137,12 @@ def evaluate(
     from fssa_fast.training.scores import interval
 
     record, wanted = read_run(run), _counts(counts)
+    models = Models(base, embedder, placed(device, dtype))
     setup = _setup(record, data)
     table = Table(f"{run.name}: held-out choices predicted, %, by choices given", [str(k) for k in wanted])
     found: dict[str, Any] = {"run": str(run), "data": str(setup.path)}
     if record["what"] == "reward":
-        scores = _reward_scores(run, setup, wanted)
+        scores = _reward_scores(run, setup, wanted, models)
         table.rows["accuracy"] = [Cell(*interval([scores[k].accuracies])) for k in wanted]
         other = Table("Likelihood and calibration", table.columns, scale=1, digits=3)
         other.rows["minus log-likelihood of a choice, nats"] = [Cell(scores[k].nll) for k in wanted]
@@ -124,7 +150,7 @@ def evaluate(
         found["tables"], tables = [table.json(), other.json()], [table, other]
         found["calibration: stated, right, predictions"] = {k: scores[k].calibration() for k in wanted}
     else:
-        shares = _policy_shares(run, setup, wanted)
+        shares = _policy_shares(run, setup, wanted, models)
         table.rows["implicit accuracy"] = [Cell(*interval([shares[k]])) for k in wanted]
         found["tables"], tables = [table.json()], [table]
     for each in tables:
@@ -138,6 +164,10 @@ def compare(
     b: Annotated[str, typer.Argument(help="Another of the same kind; for policies also: base")],
     data: DataFile = None,
     counts: Counts = "0,1,3,5,10",
+    base: Base = None,
+    embedder: Embedder = None,
+    device: Device = None,
+    dtype: DType = None,
     judge: Annotated[Path | None, typer.Option(help="A held-out reward run that names the better text.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of the texts compared.")] = 96,
     prompts: Annotated[int, typer.Option(min=1, help="How many of the held-out prompts to answer.")] = 32,
@@ -150,6 +180,7 @@ def compare(
     from fssa_fast.training.scores import interval
 
     record, wanted = read_run(a), _counts(counts)
+    models = Models(base, embedder, placed(device, dtype))
     setup = _setup(record, data)
     tables = []
     if record["what"] == "reward":
@@ -157,7 +188,7 @@ def compare(
             raise ValueError("--judge: expected none, since these are reward models")
         if read_run(b)["what"] != "reward":
             raise ValueError(f"{b}: expected a reward model, as {a} is one, got another run")
-        ours, theirs = _reward_scores(a, setup, wanted), _reward_scores(Path(b), setup, wanted)
+        ours, theirs = (_reward_scores(Path(run), setup, wanted, models) for run in (a, b))
         differences = [ours[k].accuracies - theirs[k].accuracies for k in wanted]
         title = "Held-out choices predicted, %, by choices given"
         rows = {
@@ -170,7 +201,8 @@ def compare(
         from fssa_fast.evaluation.compare import compare_policies
 
         tables = compare_policies(a, None if b == "base" else Path(b), setup.path, setup.users, judge=judge,
-                                  count=max(wanted), prompts=prompts, max_new_tokens=max_new_tokens)  # fmt: skip
+                                  count=max(wanted), prompts=prompts, max_new_tokens=max_new_tokens,
+                                  base=base, embedder=embedder, **models.placed)  # fmt: skip
     for table in tables:
         typer.echo(table.markdown() + "\n")
     if json is not None:
@@ -208,6 +240,10 @@ def gate(
     new: Annotated[Path, typer.Argument(help="The run that shall serve.")],
     data: DataFile = None,
     counts: Counts = "0,1,3,5,10",
+    base: Base = None,
+    embedder: Embedder = None,
+    device: Device = None,
+    dtype: DType = None,
     judge: Annotated[Path | None, typer.Option(help="Texts too: a held-out reward run names the better.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of the texts compared.")] = 96,
     prompts: Annotated[int, typer.Option(min=1, help="How many of the held-out prompts to answer.")] = 32,
@@ -221,23 +257,24 @@ def gate(
     from fssa_fast.training.runs import read_run
 
     records, wanted = (read_run(old), read_run(new)), _counts(counts)
+    models = Models(base, embedder, placed(device, dtype))
     if records[0]["what"] != records[1]["what"]:
         raise ValueError(f"{new}: expected a {records[0]['what']} run, as {old} is one, got a {records[1]['what']} run")
     setup = _unknown_to_both(*records, data)
     if records[0]["what"] == "reward":
         if judge is not None:
             raise ValueError("--judge: expected none, since these are reward models")
-        scores = [_reward_scores(run, setup, wanted) for run in (old, new)]
+        scores = [_reward_scores(run, setup, wanted, models) for run in (old, new)]
         shares = [{count: found[count].accuracies for count in wanted} for found in scores]
     else:
-        shares = [_policy_shares(run, setup, wanted) for run in (old, new)]
+        shares = [_policy_shares(run, setup, wanted, models) for run in (old, new)]
     found = [predicted(*shares)]
     if judge is not None:
         from fssa_fast.evaluation.compare import answer_both
         from fssa_fast.nn import RewardModel
 
         both = answer_both(new, old, setup.path, setup.users, count=max(wanted), prompts=prompts,
-                           max_new_tokens=max_new_tokens)  # fmt: skip
+                           max_new_tokens=max_new_tokens, base=base, embedder=embedder, **models.placed)  # fmt: skip
         found.append(judged(both.wins(RewardModel.from_pretrained(judge))))
     lost = any(one.lost for one in found)
     typer.echo(f"{new} minus {old}, on {setup.path}, after {counts} choices; 95 % intervals")

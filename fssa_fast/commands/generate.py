@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fssa_fast.commands.jsonl import check_keys, read_objects
-from fssa_fast.commands.options import Base, Embedder, Policy, StoreOption, load_policy
+from fssa_fast.commands.options import Base, Device, DType, Embedder, Policy, StoreOption, load_policy, placed
 
 if TYPE_CHECKING:
     from fssa_fast.generation import Engine, Handle
@@ -32,6 +32,8 @@ def generate(
     base: Base = None,
     store: StoreOption = None,
     embedder: Embedder = None,
+    device: Device = None,
+    dtype: DType = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer, at most.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that add up to this.")] = 1.0,
@@ -62,7 +64,7 @@ def generate(
     if not left:
         typer.echo(f"{output}: all {len(requests)} answers are there", err=True)
         return
-    loaded = load_policy(policy, base, embedder, store, room=2 * rows)
+    loaded = load_policy(policy, base, embedder, store, room=2 * rows, **placed(device, dtype))
     with loaded.engine(max_rows=rows, max_tokens=cache_tokens, step_tokens=max(256, rows), background=False) as engine:
         failed = _serve(engine, left, output, len(requests))
     if failed:

@@ -30,15 +30,20 @@ def check_keys(where: str, found: Mapping[str, Any], required: Set[str], optiona
         raise ValueError(f"{where}: expected keys of {sorted(required | optional)}, got {name!r}")
 
 
-def choice_of(where: str, found: Any) -> Choice:
-    """A choice from {"chosen", "rejected"} and perhaps "prompt": texts, or embeddings as lists of numbers."""
+def choice_of(where: str, found: Any, user: str | None = None) -> Choice:
+    """A choice from {"chosen", "rejected"} and perhaps "prompt": texts, or embeddings as lists of numbers.
+
+    A line of a file for training may also say its "user", who is to be `user` then, and a "group".
+    """
     import torch
 
     from fssa_fast.users.choices import Choice
 
     if not isinstance(found, dict):
         raise ValueError(f"{where}: expected a choice as an object, got {found!r:.80}")
-    check_keys(where, found, {"chosen", "rejected"}, {"prompt"})
+    check_keys(where, found, {"chosen", "rejected"}, {"prompt", "group"} | ({"user"} if user is not None else set()))
+    if found.get("user", user) != user:
+        raise ValueError(f"{where}: expected choices of user {user!r}, got one of {found['user']!r:.80}")
     try:
         sides = [side if isinstance(side, str) else torch.tensor(side).float() for side in _sides(found)]
         return Choice(sides[0], sides[1], found.get("prompt", ""))

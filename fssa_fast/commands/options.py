@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -14,9 +13,13 @@ if TYPE_CHECKING:
     from fssa_fast.nn import RewardModel
     from fssa_fast.policy import SteerablePolicy
 
-Policy = Annotated[Path, typer.Argument(help="A saved policy: the folder with steering.json.")]
-Base = Annotated[str | None, typer.Option(help="The base model's path, if not the one that the policy names.")]
-Embedder = Annotated[str | None, typer.Option(help="The embedder's path, if not the one that the policy names.")]
+Policy = Annotated[str, typer.Argument(help="A saved policy: the folder with steering.json, or its name on the hub.")]
+Device = Annotated[str | None, typer.Option(help="Where models run: cpu, cuda, cuda:1, ...; a GPU, if there is one.")]
+DType = Annotated[
+    Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Of the base model; its own, if not given.")
+]
+Base = Annotated[str | None, typer.Option(help="The base model's folder or hub name, if not as the policy says.")]
+Embedder = Annotated[str | None, typer.Option(help="The embedder's folder or hub name, if not as the policy says.")]
 _STORE = "The users' database: a file, made where there is none, or a URL postgresql://..."
 StoreOption = Annotated[str | None, typer.Option(help=_STORE)]
 Store = Annotated[str, typer.Option(help=_STORE)]
@@ -29,13 +32,27 @@ def warn_outside(model: RewardModel, options: Tensor, where: str) -> None:
         typer.echo(f"warning: {where}: the model extrapolates: {found}", err=True)
 
 
+def placed(device: str | None, dtype: str | None) -> dict[str, Any]:
+    """The options --device and --dtype as loaders of models take them. Raises ValueError for a device not there."""
+    import torch
+
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter of a torch built without CUDA
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"--device: expected one that is here, such as cpu, got {device!r}: {reason}") from None
+    return {"device_map": device, "dtype": None if dtype is None else getattr(torch, dtype)}
+
+
 def load_policy(
-    directory: Path, base: str | None, embedder: str | None, store: str | None, room: int = 64
+    directory: str, base: str | None, embedder: str | None, store: str | None, room: int = 64, **where: Any
 ) -> SteerablePolicy:
-    """The policy on its base model, with its users in that store; room for so many of them at once."""
+    """The policy on its base model, with its users in that store; room for so many of them at once; where: `placed`."""
     from fssa_fast.policy import SteerablePolicy
 
-    policy = SteerablePolicy.from_pretrained(directory, base, embedder=embedder, capacity=room)
+    policy = SteerablePolicy.from_pretrained(directory, base, embedder=embedder, capacity=room, **where)
     if store is not None:
         policy.use_store(store)
     return policy

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fssa_fast.commands.options import Base, Embedder, Policy, Store, named
+from fssa_fast.commands.options import Base, Device, DType, Embedder, Policy, Store, named, placed
 
 
 def serve(
@@ -15,6 +15,8 @@ def serve(
     store: Store,
     base: Base = None,
     embedder: Embedder = None,
+    device: Device = None,
+    dtype: DType = None,
     name: Annotated[str | None, typer.Option(help="The policy's name for clients; its folder's, if not given.")] = None,
     host: Annotated[str, typer.Option(help="Where to listen; beyond the loopback only with --api-keys.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0 takes a free one.")] = 8000,
@@ -42,21 +44,23 @@ def serve(
         from fssa_fast.serving.server import is_loopback, run
         from fssa_fast.serving.versions import Shelf, Versions
     from fssa_fast.data.history import History
+    from fssa_fast.policy.storage import saved_policy
     from fssa_fast.users import open_store
 
     keys = None if api_keys is None else read_keys(api_keys)
     if keys is None and not is_loopback(host):
         raise ValueError(f"host: expected the loopback, since no --api-keys are given; got {host}")
-    directories = {"main": policy} | {name: Path(where) for name, where in named("--version", version)}
+    directories = {"main": saved_policy("policy", policy)}
+    directories |= {name: Path(where) for name, where in named("--version", version)}
     shares = {name: _number("--share", number) for name, number in named("--share", share)}
     for unknown in shares.keys() - directories.keys():
         raise ValueError(f"--share: expected a version of {', '.join(directories)}, got {unknown!r}")
     users = open_store(store)
     engine = {"max_rows": rows, "max_tokens": cache_tokens, "max_waiting": waiting, "step_tokens": max(256, rows)}
-    shelf = Shelf(policy, base, embedder, users, engine, shared=len(directories) > 1)
+    shelf = Shelf(directories["main"], base, embedder, users, engine, len(directories) > 1, **placed(device, dtype))
     held = Versions([shelf.make(*one, shares.get(one[0], 1.0)) for one in directories.items()], experiment)
     recorded = None if history is None else History(history, experiment)
-    app = make_app(held, users, Settings(name or policy.resolve().name, create_users), keys, history=recorded)
+    app = make_app(held, users, Settings(name or Path(policy).resolve().name, create_users), keys, history=recorded)
     typer.echo(f"http{'s' if ssl_certfile else ''}://{host}:{port}/", err=True)
     run(app, host=host, port=port, grace_seconds=grace,
         ssl_certfile=ssl_certfile, ssl_keyfile=ssl_keyfile)  # fmt: skip

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fssa_fast.commands.jsonl import check_keys, choice_of, object_of, read_objects
-from fssa_fast.commands.options import Base, Embedder, Policy, Store, load_policy
+from fssa_fast.commands.options import Embedder, Policy, Store
 
 if TYPE_CHECKING:
     from fssa_fast.users import StoredUsers, UserStore
@@ -28,14 +28,13 @@ def add(
     name: Name,
     store: Store,
     choices: Annotated[
-        Path | None, typer.Option(help='Choices, a JSON line each: "chosen", "rejected" and perhaps "prompt".')
+        Path | None, typer.Option(help='Choices, a JSON line each: "chosen", "rejected", perhaps "prompt".')
     ] = None,
-    base: Base = None,
     embedder: Embedder = None,
 ) -> None:
     """Add a user, or choices to one who is there."""
-    own = [choice_of(where, line) for where, line in read_objects(choices)] if choices is not None else []
-    users = _users(policy, base, embedder, store)
+    own = [choice_of(where, line, name) for where, line in read_objects(choices)] if choices is not None else []
+    users = _users(policy, embedder, store)
     user = users.add_choices(name, own) if name in users else users.add(name, own)
     typer.echo(f"{name}: version {user.version}, {len(users.choices(name))} choices")
 
@@ -87,13 +86,19 @@ def export(
 def import_(
     policy: Policy,
     store: Store,
-    input: Annotated[Path, typer.Argument(help='Users, a JSON line each: "name", "choices", and perhaps "strength".')],
-    base: Base = None,
+    input: Annotated[
+        Path | None, typer.Argument(help='Users, a JSON line each: "name", "choices", and perhaps "strength".')
+    ] = None,
+    choices: Annotated[
+        Path | None, typer.Option(help="In place of INPUT, the users of a file of choices, as for training.")
+    ] = None,
     embedder: Embedder = None,
 ) -> None:
     """Add users, encoded anew. Broken off, it goes on where it was: users who are there are left as they are."""
-    listed = _named(input)
-    users = _users(policy, base, embedder, store)
+    if (input is None) == (choices is None):
+        raise ValueError("input, --choices: expected one of them, got " + ("both" if input else "neither"))
+    listed = _choosing(choices) if choices is not None else _named(input) if input is not None else {}
+    users = _users(policy, embedder, store)
     with _bar(len(listed)) as bar:
         names = iter(listed)
         while batch := list(itertools.islice(names, 256)):
@@ -127,12 +132,34 @@ def _named(input: Path) -> dict[str, tuple[list[Choice], float]]:
     return found
 
 
-def _users(policy: Path, base: str | None, embedder: str | None, store: str) -> StoredUsers:
-    from fssa_fast.users import StoredUsers
+def _choosing(path: Path) -> dict[str, tuple[list[Choice], float]]:
+    """The users of a file of choices, as training reads it. Raises DataError, with file and line."""
+    import torch
 
-    users = load_policy(policy, base, embedder, store).users
-    assert isinstance(users, StoredUsers)
-    return users
+    from fssa_fast.data.files import read_choices
+    from fssa_fast.users.choices import Choice
+    from fssa_fast.users.limits import check_choices, check_name
+
+    found: dict[str, tuple[list[Choice], float]] = {}
+    for line in read_choices(path):
+        chosen, rejected = (o if isinstance(o, str) else torch.tensor(o) for o in (line.chosen, line.rejected))
+        try:
+            check_name(line.user)
+            own, _ = found.setdefault(line.user, ([], 1.0))
+            own.append(Choice(chosen, rejected, line.prompt))
+            check_choices(own[-1:])
+        except ValueError as error:
+            raise ValueError(f"{path}, line {line.line}: {error}") from error
+    return found
+
+
+def _users(policy: str, embedder: str | None, store: str) -> StoredUsers:
+    from fssa_fast.policy.encoding import load_encoding
+    from fssa_fast.policy.storage import saved_policy
+    from fssa_fast.users import StoredUsers, open_store
+
+    encoding = load_encoding(saved_policy("policy", policy), embedder=embedder)
+    return StoredUsers(encoding, open_store(store))
 
 
 def _open(store: str) -> UserStore:

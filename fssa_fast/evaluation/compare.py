@@ -49,9 +49,12 @@ def answer_both(
     count: int = 10,
     prompts: int = 32,
     max_new_tokens: int = 96,
+    base: Any = None,
+    embedder: str | None = None,
+    **placed: Any,
 ) -> Answered:
     """Both answer held-out prompts for users who made `count` choices; arguments as of `compare_policies`."""
-    policy = SteerablePolicy.from_pretrained(a)
+    policy = SteerablePolicy.from_pretrained(a, base, embedder=embedder, **placed)
     assert policy.embedder is not None
     by_user: dict[str, list[Any]] = {}
     for choice in read_choices(data):
@@ -66,14 +69,14 @@ def answer_both(
         if i < len(example.targets)
     ][:prompts]
     ours = _answers(policy, asked, count, max_new_tokens)
-    embedder = policy.embedder
+    texts = policy.embedder
     if b is None:
         theirs = write(policy, [prompt for _, prompt in asked], [BASE] * len(asked), max_new_tokens=max_new_tokens)
     else:
         policy.detach()
-        policy = SteerablePolicy.from_pretrained(b, policy.model)
+        policy = SteerablePolicy.from_pretrained(b, policy.model, embedder=embedder)
         theirs = _answers(policy, asked, count, max_new_tokens)
-    return Answered(asked, ours, theirs, count, embedder)
+    return Answered(asked, ours, theirs, count, texts)
 
 
 def compare_policies(
@@ -86,6 +89,7 @@ def compare_policies(
     count: int = 10,
     prompts: int = 32,
     max_new_tokens: int = 96,
+    **models: Any,
 ) -> list[Table]:
     """Both answer held-out prompts for users who made `count` choices; tables of A, B and A - B, intervals by users.
 
@@ -93,8 +97,9 @@ def compare_policies(
         a, b: policies; b None is the base model of a. data: a file of choices. users: which of them; None: all.
         judge: a reward model, better one that neither was trained with; it is told the same choices, and embeds texts
             as a's embedder does. Without one, there are no win rates.
+        models: base, embedder, device_map and dtype of the policies, as of `SteerablePolicy.from_pretrained`.
     """
-    both = answer_both(a, b, data, users, count=count, prompts=prompts, max_new_tokens=max_new_tokens)
+    both = answer_both(a, b, data, users, count=count, prompts=prompts, max_new_tokens=max_new_tokens, **models)
     title = f"Texts for {len(both.asked)} held-out prompts, after {count} choices"
     table = Table(title, ["A", "B", "A - B"], scale=1.0, first="measure", digits=3)
     for name in MEASURES:

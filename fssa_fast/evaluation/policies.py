@@ -99,7 +99,8 @@ def implicit_margins(
             rows.append({"pairs": pairs, "rows": [both]})
     margins: list[float] = []
     for begin in range(0, len(rows), batch):
-        part = collate(rows[begin : begin + batch], pad)
+        packed = collate(rows[begin : begin + batch], pad)
+        part = {name: own.to(policy.device) if isinstance(own, torch.Tensor) else own for name, own in packed.items()}
         latents = policy.encoder.latents(part["pairs"], part["choices"], part["offsets"])
         ours = policy_log_probs(policy, part, policy.rows(latents), part["slots"])
         gain = (ours - reference.log_probs(policy, part).to(ours)).view(-1, 2)
@@ -151,8 +152,8 @@ def write(
             whole = {
                 "input_ids": tokens,
                 "attention_mask": torch.ones_like(tokens),
-                "response_start": torch.tensor([len(prompt)]),
-                "response_end": torch.tensor([tokens.shape[1]]),
+                "response_start": torch.tensor([len(prompt)], device=tokens.device),
+                "response_end": torch.tensor([tokens.shape[1]], device=tokens.device),
             }
             likelihood = float(policy_log_probs(policy, whole, None, None)) / max(1, len(answer))
             words = text.split()

@@ -105,18 +105,26 @@ class SteerablePolicy(nn.Module):
         tokenizer: Any = None,
         embedder: TextEmbedder | str | None = None,
         capacity: int = 64,
+        revision: str | None = None,
+        device_map: Any = None,
+        dtype: torch.dtype | str | None = None,
     ) -> SteerablePolicy:
         """Loads a saved policy onto its base model.
 
         Args:
-            directory: written by `save_pretrained`.
+            directory: written by `save_pretrained`, or a name on the hub, then perhaps of a revision.
             base: the base model, or its path; None takes the one the policy names.
-            tokenizer: None takes the base's. embedder: one, or a path to its encoder; None takes the one named.
+            tokenizer: None takes the base's. embedder: one, or a path to its encoder; None takes the one named, and
+                puts it on the base's device.
+            device_map, dtype: where and in what the base is loaded, as of transformers' `from_pretrained`.
 
         Raises: CheckpointError, ConfigError for a damaged, foreign or newer file; ValueError where base model or
             embedder are not those of the policy. Nothing is attached to `base` then.
         """
-        return load_policy(cls, directory, base, tokenizer=tokenizer, embedder=embedder, capacity=capacity)
+        return load_policy(
+            cls, directory, base, tokenizer=tokenizer, embedder=embedder, capacity=capacity, revision=revision,
+            device_map=device_map, dtype=dtype,
+        )  # fmt: skip
 
     @classmethod
     def from_reference(cls, directory: str | os.PathLike[str], base: Any = None, **options: Any) -> SteerablePolicy:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fssa_fast.files import CheckpointError, read_json, read_pair, read_tensors, weights_path, write_pair, written
-from fssa_fast.hub import find_folder, has_tokenizer, load_model, load_tokenizer, recall, remember
+from fssa_fast.hub import find_folder, has_tokenizer, is_hub_id, load_model, load_tokenizer, recall, remember
 from fssa_fast.nn import ContextEncoder, Modulator
 from fssa_fast.steering.attach import Attachment
 from fssa_fast.steering.config import FORMAT_VERSION, ConfigError, SteeringConfig, from_json, to_json
@@ -192,13 +192,23 @@ def load_adapter(policy: Storable, directory: str | os.PathLike[str]) -> None:
 
 
 def load_base(
-    base: Any, named: str, *, directory: str | os.PathLike[str] = ".", revision: str | None = None
+    base: Any,
+    named: str,
+    *,
+    directory: str | os.PathLike[str] = ".",
+    revision: str | None = None,
+    device_map: Any = None,
+    dtype: torch.dtype | str | None = None,
 ) -> tuple[Any, Path | None]:
     """The base model, and the folder it came from: `base` itself, or loaded from its folder, or from the hub by name.
 
     None takes what a file in `directory` names: a folder, or what was downloaded from the hub before, at `revision`.
+    device_map, dtype: as of transformers' `from_pretrained`, for a model that is loaded.
     """
+    placed = {name: value for name, value in (("device_map", device_map), ("dtype", dtype)) if value is not None}
     if isinstance(base, nn.Module):
+        if placed:
+            raise ValueError(f"{', '.join(placed)}: expected None, since base is a model already; got {placed}")
         try:
             return base, find_folder("base", str(getattr(base.config, "name_or_path", "")), ask_hub=False)
         except ValueError:
@@ -210,12 +220,32 @@ def load_base(
     name = os.fspath(base) if base else recall(named, directory)
     same = revision if name == named else None
     folder = find_folder("base", name, ask_hub=bool(base), revision=same)
-    return load_model(AutoModelForCausalLM, folder), folder
+    return load_model(AutoModelForCausalLM, folder, **placed), folder
 
 
 def tokenizer_beside(folder: Path | None) -> Any:
     """The tokenizer in a model's folder, or None where there is none."""
     return load_tokenizer(folder) if folder is not None and has_tokenizer(folder) else None
+
+
+def saved_policy(argument: str, name: str | os.PathLike[str], revision: str | None = None) -> Path:
+    """The folder of a policy: the one named, or what the hub has under that name; as `find_folder`."""
+    asked = is_hub_id(os.fspath(name)) and not Path(name).is_dir()
+    return find_folder(argument, name, ask_hub=True, revision=revision) if asked else Path(name)
+
+
+def load_embedder(
+    saved: SavedPolicy, embedder: TextEmbedder | str | None, directory: str | os.PathLike[str]
+) -> TextEmbedder | None:
+    """The embedder of a policy saved in `directory`: the one given, by itself or by name, or the one it names."""
+    if saved.embedder is None:
+        if embedder is not None:
+            raise ValueError("embedder: expected None, since the policy was saved without one; got one")
+        return None
+    if isinstance(embedder, TextEmbedder):
+        embedder.check(saved.embedder)
+        return embedder
+    return TextEmbedder.from_config(saved.embedder, embedder, directory=directory)
 
 
 def load_policy(
@@ -226,11 +256,18 @@ def load_policy(
     tokenizer: Any,
     embedder: TextEmbedder | str | None,
     capacity: int,
+    revision: str | None = None,
+    device_map: Any = None,
+    dtype: torch.dtype | str | None = None,
 ) -> Made:
     """`SteerablePolicy.from_pretrained`; `make` is the class."""
-    path = Path(directory) / CONFIG_NAME
+    directory = saved_policy("directory", directory, revision)
+    path = directory / CONFIG_NAME
     before, saved = written(path), read_description(directory)
-    model, folder = load_base(base, saved.base.name_or_path, directory=directory, revision=saved.base.revision)
+    model, folder = load_base(
+        base, saved.base.name_or_path, directory=directory, revision=saved.base.revision, device_map=device_map,
+        dtype=dtype,
+    )  # fmt: skip
     while True:
         check_base(model, saved.base)
         # Before anything is allocated, so that sizes are those of a file that exists.
@@ -242,18 +279,14 @@ def load_policy(
             if written(path) == before:
                 raise  # else another policy was saved while the base was loaded
             before, saved = written(path), read_description(directory)
-    if saved.embedder is not None:
-        if isinstance(embedder, TextEmbedder):
-            embedder.check(saved.embedder)
-        else:
-            embedder = TextEmbedder.from_config(saved.embedder, embedder, directory=directory)
-    elif embedder is not None:
-        raise ValueError("embedder: expected None, since the policy was saved without one; got one")
+    found = load_embedder(saved, embedder, directory)
+    if found is not None and found is not embedder:
+        found.to(next(model.parameters()).device)
     policy = make(
         model,
         saved.config,
         tokenizer=tokenizer_beside(folder) if tokenizer is None else tokenizer,
-        embedder=embedder,
+        embedder=found,
         chat=saved.chat,
         capacity=capacity,
     )

@@ -94,6 +94,7 @@ class Shelf:
     Args:
         directory: a policy that names base and embedder where these are None. engine: arguments of each engine.
         shared: whether there may be versions with other encoders, here or in other replicas; see `StoredUsers`.
+        placed: device_map and dtype of the base.
     """
 
     def __init__(
@@ -104,9 +105,12 @@ class Shelf:
         store: UserStore,
         engine: Mapping[str, Any],
         shared: bool,
+        **placed: Any,
     ) -> None:
         saved = read_description(directory)
-        self._base, folder = load_base(base, saved.base.name_or_path, directory=directory, revision=saved.base.revision)
+        self._base, folder = load_base(
+            base, saved.base.name_or_path, directory=directory, revision=saved.base.revision, **placed
+        )
         self._tokenizer, self._embedder = tokenizer_beside(folder), embedder
         self._store, self._engine, self._shared = store, dict(engine), shared
         self._made: Version | None = None  # the last one

@@ -155,6 +155,11 @@ class TextEmbedder:
         if not same_fingerprint(self.config.fingerprint, config.fingerprint):
             raise ValueError(f"embedder: expected the weights of {config.name_or_path!r}, got others")
 
+    def to(self, device: torch.device | str) -> TextEmbedder:
+        """Moves the encoder to a device; embeddings stay on the CPU."""
+        self.model.to(device)
+        return self
+
     @property
     def width(self) -> int:
         """The embedding width E."""
