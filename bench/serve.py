@@ -75,8 +75,6 @@ def serve(users: int, tiny: bool, path: str, pipe: Any) -> None:
     """The serving process: tells its port, then measures the engine alone whenever it is asked to."""
     import threading
 
-    import uvicorn
-
     from fssa_fast.serving import Settings, make_app
     from fssa_fast.serving.server import Server
     from fssa_fast.serving.versions import only
@@ -84,7 +82,7 @@ def serve(users: int, tiny: bool, path: str, pipe: Any) -> None:
     policy, store = make_served(users, tiny, Path(path))
     engine = policy.engine(max_rows=ROWS, max_tokens=ROWS * 2 * (PROMPT + ANSWER))
     app = make_app(only(policy, engine), store, Settings("bench"))
-    server = Server(uvicorn.Config(app, port=0, log_level="error"), app, 1.0)
+    server = Server(app, 1.0, port=0)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
     thread.start()
     while not server.started:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import re
 import socket
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import fields
+from typing import Any, Literal
 
 import pytest
 
@@ -17,10 +19,14 @@ pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
 httpx = pytest.importorskip("httpx")
 openai = pytest.importorskip("openai")
 
-from serving_tiny import Tiny, make_talking_policy, tiny_server  # noqa: E402
+import pydantic  # noqa: E402
+from serving_tiny import Tiny, letters, make_talking_policy, tiny_server  # noqa: E402
 from tiny import make_choices  # noqa: E402
 
 from fssa_fast import BASE, PRIOR, Choice  # noqa: E402
+from fssa_fast.generation.sampling import Sampling  # noqa: E402
+from fssa_fast.serving.completions import sampling  # noqa: E402
+from fssa_fast.serving.forms import TextForm  # noqa: E402
 from fssa_fast.serving.keys import Key, add_key, read_keys  # noqa: E402
 from fssa_fast.serving.remembered import Remembered  # noqa: E402
 
@@ -136,6 +142,81 @@ def test_penalties_bias_and_logprobs_are_the_engines(server, client):
     found = client.completions.create(prompt="w7 w8", logprobs=2, **asked).choices[0].logprobs
     expected = server.engine.submit("w7 w8", "bob", **engine).result()
     assert found.token_logprobs == [one.logprob for one in expected.logprobs]
+
+
+def test_logprobs_of_a_stream_are_those_of_the_whole_answer(client):
+    options = {"model": "tiny", "user": "bob", "max_tokens": 9, "seed": 3, "n": 2}
+    asked = {**options, "messages": CHAT, "logprobs": True, "top_logprobs": 2}
+    whole = client.chat.completions.create(**asked)
+    content: list[list[Any]] = [[], []]
+    for chunk in client.chat.completions.create(stream=True, **asked):
+        if chunk.choices[0].logprobs is not None:
+            content[chunk.choices[0].index] += chunk.choices[0].logprobs.content
+    assert content == [choice.logprobs.content for choice in whole.choices]
+
+    asked = {**options, "prompt": "w7 w8", "logprobs": 3}
+    whole = client.completions.create(**asked)
+    found: list[dict[str, list[Any]]] = [{}, {}]
+    for chunk in client.completions.create(stream=True, **asked):
+        if chunk.choices[0].logprobs is not None:
+            for name, values in chunk.choices[0].logprobs.model_dump().items():
+                found[chunk.choices[0].index].setdefault(name, []).extend(values)
+    assert found == [choice.logprobs.model_dump() for choice in whole.choices]
+
+
+def test_every_knob_of_the_engine_can_be_turned(server, client):
+    """By its own name, or OpenAI's or vLLM's; what it is turned to is what the engine is told."""
+    knobs = {"top_k": 3, "min_p": 0.2, "repetition_penalty": 1.7, "allowed_token_ids": list(range(20, 40))}
+    asked = {"model": "tiny", "prompt": "w7 w8", "user": "bob", "max_tokens": 8, "seed": 4, "extra_body": knobs}
+    allowed = {"allowed_tokens": knobs["allowed_token_ids"]}
+    engine = {name: value for name, value in knobs.items() if name != "allowed_token_ids"} | allowed
+    expected = by_engine(server, "w7 w8", "bob", max_new_tokens=8, seed=4, temperature=1.0, **engine)
+    assert client.completions.create(**asked).choices[0].text == expected
+    assert {field.name for field in fields(Sampling)} <= set(sampling(TextForm(model="tiny", prompt="w7"), None))
+
+
+SCHEMA = {"type": "array", "items": {"enum": [1, 22]}, "minItems": 2, "maxItems": 2}
+
+
+def test_answers_have_the_form_that_is_asked_for(tmp_path):
+    """`response_format`, by OpenAI's client and its parser of pydantic's classes, whole and streamed."""
+    pytest.importorskip("llguidance", reason="the extra `structured` is not installed")
+
+    class Answer(pydantic.BaseModel):
+        yes: bool
+        why: Literal["ab", "c"]
+
+    with tiny_server(tmp_path / "users.db", tokenizer=letters()) as server:
+        client = openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0)
+        space = {str(token): -100 for token in server.policy.tokenizer(" \n\r\t")["input_ids"]}  # else it never ends
+        options = {"model": "tiny", "messages": CHAT, "max_tokens": 60, "logit_bias": space}
+        parsed = client.chat.completions.parse(response_format=Answer, **options).choices[0]
+        assert isinstance(parsed.message.parsed, Answer) and parsed.finish_reason == "stop"
+        form = {"type": "json_schema", "json_schema": {"name": "two", "schema": SCHEMA, "strict": None}}
+        assert all(one in (1, 22) for one in json.loads(ask(client, response_format=form, **options)))
+        digits = {"type": "regex", "pattern": "[0-3]{4}"}
+        text = client.completions.create(
+            model="tiny", prompt="ab", max_tokens=9, n=2, stream=True, extra_body={"response_format": digits}
+        )
+        answers = ["", ""]
+        for chunk in text:
+            answers[chunk.choices[0].index] += chunk.choices[0].text
+        assert all(re.fullmatch("[0-3]{4}", answer) for answer in answers)
+        bias = {str(token): 100 for token in server.policy.tokenizer("{}")["input_ids"]}
+        assert ask(client, response_format={"type": "json_object"}, **options | {"logit_bias": bias}) == "{}"
+        for wrong in (
+            {"type": "regex", "pattern": "(" * 3}, {"type": "regex", "pattern": "((a{999}){999}){999}"},
+            {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nothing"}}},
+            {"type": "json_schema"}, {"type": "text", "pattern": "a"}, {"type": "xml"},
+        ):  # fmt: skip
+            with pytest.raises(openai.BadRequestError) as raised:
+                ask(client, response_format=wrong, **options)
+            assert (raised.value.param or "").startswith("response_format"), wrong
+        assert not server.engine.running and not server.engine.waiting
+
+
+def ask(client: Any, **options: Any) -> str:
+    return client.chat.completions.create(**options).choices[0].message.content
 
 
 def test_completions_of_texts_tokens_and_several(server, client):
@@ -491,6 +572,13 @@ def test_bodies_headers_and_slow_clients_are_limited(tmp_path, monkeypatch):
                 slow.settimeout(5)
                 slow.sendall(begun)
                 assert slow.recv(12) == answer
+        with socket.create_connection(("127.0.0.1", server.port)) as slow:  # a first request, and a slow second one
+            slow.settimeout(5)
+            slow.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            wait_for(lambda: b"}" in slow.recv(4096))
+            slow.sendall(head)
+            assert slow.recv(12) == b""
+        assert httpx.get(server.url + "/health", headers={"X-Long": "x" * (40 << 10)}).status_code == 431
         assert httpx.get(server.url + "/health", headers={"Host": "evil.example"}).status_code == 400
 
 
@@ -519,6 +607,80 @@ def test_running_requests_end_and_new_ones_are_refused(tmp_path):
     server._thread.join(10)
     assert not server._thread.is_alive()
     server.store.close()
+
+
+def test_what_is_not_done_in_time_is_told_so(tmp_path):
+    """A server that is stopped ends what runs beyond its time of grace: by an error of the stream, or a 503."""
+    server = Tiny(tmp_path / "users.db", None, {}, grace=0.3)
+    server.engine._ends, gate, step = set(), threading.Event(), server.engine.step
+    server.engine.step = lambda: gate.wait(0.05) and False or step()
+    body = {"model": "tiny", "messages": CHAT, "max_tokens": 200}
+    refused: list[Any] = []
+    whole = threading.Thread(target=lambda: refused.append(httpx.post(server.url + "/v1/chat/completions", json=body)))
+    whole.start()
+    client = openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0)
+    stream = client.chat.completions.create(stream=True, **body)
+    next(iter(stream))
+    wait_for(lambda: server.engine.running == 2)
+    server._server.handle_exit(15, None)
+    with pytest.raises(openai.APIError, match="shutting down"):
+        list(stream)
+    whole.join(10)
+    assert refused[0].status_code == 503 and refused[0].json()["error"]["code"] == "shutting_down"
+    server._thread.join(10)
+    assert not server._thread.is_alive()
+    server.store.close()
+
+
+def test_a_request_that_fails_is_said_in_openais_form(server, http, monkeypatch):
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("w99")
+
+    monkeypatch.setattr(server.engine._fused, "forward", fail)
+    body = {"model": "tiny", "messages": CHAT, "max_tokens": 2}
+    answer = http.post("/v1/chat/completions", json=body)
+    assert answer.status_code == 500 and answer.json()["error"]["code"] == "generation_failed"
+    streamed = http.post("/v1/chat/completions", json=body | {"stream": True}).text
+    assert "generation_failed" in streamed and "[DONE]" not in streamed and "w99" not in answer.text + streamed
+
+
+def test_figures_for_prometheus(server, http):
+    def figures() -> dict[str, float]:
+        lines = [line.rsplit(" ", 1) for line in http.get("/metrics").text.splitlines() if line[0] != "#"]
+        return {name: float(value) for name, value in lines}
+
+    before = figures()
+    body = {"model": "tiny", "user": "bob", "prompt": " ".join(f"w{i % 50}" for i in range(60, 140)), "max_tokens": 3}
+    for _ in range(2):
+        tokens = http.post("/v1/completions", json=body).json()["usage"]["completion_tokens"]
+    after = figures()
+    grown = {name: after[name] - before[name] for name in before if after[name] != before[name]}
+    assert grown["fssa_prompt_tokens_total"] == 2 * 80 and grown["fssa_cached_tokens_total"] == 64
+    assert grown["fssa_first_token_seconds_count"] == 2 and grown["fssa_step_seconds_count"] >= 2 * tokens
+    assert grown["fssa_answer_tokens_total"] >= grown.get("fssa_token_seconds_count", 0) + 2
+    assert after["fssa_engine_running"] == after["fssa_engine_waiting"] == 0 and after["fssa_bank_slots"] >= 1
+
+
+def test_traces_go_on_from_the_clients_and_say_no_names(server, http):
+    export = pytest.importorskip("opentelemetry.sdk.trace.export.in_memory_span_exporter")
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+
+    provider, found = TracerProvider(), export.InMemorySpanExporter()
+    provider.add_span_processor(SimpleSpanProcessor(found))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fssa_fast.serving.traces._tracer", provider.get_tracer("test"))
+        parent = {"traceparent": f"00-{7:032x}-{9:016x}-01"}
+        body = {"model": "tiny", "messages": CHAT, "max_tokens": 2, "user": "alice", "stream": True}
+        http.post("/v1/chat/completions", json=body, headers=parent)
+        http.get("/v1/users/alice")
+        wait_for(lambda: len(found.get_finished_spans()) == 2)
+    asked, user = found.get_finished_spans()
+    assert (asked.context.trace_id, asked.parent.span_id) == (7, 9) and user.parent is None
+    assert (asked.name, user.name) == ("POST /v1/chat/completions", "GET /v1/users/{name}")
+    assert [event.name for event in asked.events] == ["first token", "answered"]
+    assert asked.events[1].attributes["gen_ai.usage.output_tokens"] == 2
+    assert not any(word in asked.to_json() + user.to_json() for word in ("alice", "w7"))
 
 
 def test_the_log_has_no_names_and_no_texts(server, http, caplog):

@@ -32,6 +32,7 @@ def serve(
     cache_tokens: Annotated[int, typer.Option(help="Tokens in the cache, of all requests together.")] = 16384,
     waiting: Annotated[int, typer.Option(help="Requests that may wait.")] = 1024,
     grace: Annotated[float, typer.Option(help="Seconds that running requests have when the server is stopped.")] = 30.0,
+    traces: Annotated[bool, typer.Option(help="Send OpenTelemetry's traces; its variables say where.")] = False,
     ssl_certfile: Annotated[Path | None, typer.Option(help="A certificate: serves HTTPS.")] = None,
     ssl_keyfile: Annotated[Path | None, typer.Option(help="The certificate's key.")] = None,
 ) -> None:  # fmt: skip
@@ -42,6 +43,7 @@ def serve(
         from fssa_fast.serving import Settings, make_app
         from fssa_fast.serving.keys import read_keys
         from fssa_fast.serving.server import is_loopback, run
+        from fssa_fast.serving.traces import export
         from fssa_fast.serving.versions import Shelf, Versions
     from fssa_fast.data.history import History
     from fssa_fast.policy.storage import saved_policy
@@ -55,6 +57,9 @@ def serve(
     shares = {name: _number("--share", number) for name, number in named("--share", share)}
     for unknown in shares.keys() - directories.keys():
         raise ValueError(f"--share: expected a version of {', '.join(directories)}, got {unknown!r}")
+    if traces:
+        with needs("traces"):
+            export()
     users = open_store(store)
     engine = {"max_rows": rows, "max_tokens": cache_tokens, "max_waiting": waiting, "step_tokens": max(256, rows)}
     shelf = Shelf(directories["main"], base, embedder, users, engine, len(directories) > 1, **placed(device, dtype))

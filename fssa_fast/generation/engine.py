@@ -121,6 +121,8 @@ class Engine:
         self._thread: threading.Thread | None = None
         self._closed = False
         self._broken: BaseException | None = None
+        self.after_step: Callable[[float], object] | None = None
+        """Called with the seconds of every step that computed something, in the thread that took it."""
         self._process = os.getpid()
         _engines.add(self)
 
@@ -340,6 +342,7 @@ class Engine:
         """
         self.check_process()
         with self._stepping:
+            began = time.perf_counter()
             self._drop()
             batch = None
             try:
@@ -354,6 +357,8 @@ class Engine:
             except Exception as error:  # the requests of this step fail; the others go on
                 for request in self._served(batch):
                     self._fail(request, error)
+            if self.after_step is not None:
+                self.after_step(time.perf_counter() - began)
             return True
 
     def _served(self, batch: Batch | None) -> list[Request]:

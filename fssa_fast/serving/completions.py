@@ -18,12 +18,13 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from fssa_fast.data.history import BASE_VERSION, Made
-from fssa_fast.generation import Handle, Result
+from fssa_fast.generation import Grammar, Handle, Result
 from fssa_fast.generation.prompts import has_template
 from fssa_fast.generation.sampler import TokenLogprobs
 from fssa_fast.generation.text import StopFinder, TextStream
-from fssa_fast.serving.errors import ApiError, failure, json_response, translated, unknown_user
-from fssa_fast.serving.forms import ChatForm, CompletionOptions, TextForm
+from fssa_fast.serving import traces
+from fssa_fast.serving.errors import ApiError, failure, json_response, shutting_down, translated, unknown_user
+from fssa_fast.serving.forms import ChatForm, CompletionOptions, ResponseFormat, TextForm
 from fssa_fast.serving.keys import Client
 from fssa_fast.serving.remembered import Completion
 from fssa_fast.serving.service import Asking, Service, Serving
@@ -186,20 +187,37 @@ def _submit(
 
 
 def sampling(form: CompletionOptions, logprobs: int | None) -> dict[str, Any]:
-    """The engine's arguments for how tokens are chosen."""
+    """The engine's arguments for how tokens are chosen. Raises ApiError for a form of answers that is none."""
     stop = [form.stop] if isinstance(form.stop, str) else form.stop or []
     if not all(stop):
         raise ApiError(400, "invalid_value", "stop: expected texts that are not empty", "stop")
     return {
         "temperature": form.temperature,
         "top_p": form.top_p,
+        "top_k": form.top_k,
+        "min_p": form.min_p,
         "seed": None if form.seed is None else form.seed % (1 << 63),
+        "repetition_penalty": form.repetition_penalty,
         "presence_penalty": form.presence_penalty,
         "frequency_penalty": form.frequency_penalty,
         "logit_bias": {int(token): value for token, value in (form.logit_bias or {}).items()} or None,
+        "allowed_tokens": form.allowed_token_ids,
         "logprobs": logprobs,
         "stop": stop,
+        "grammar": _grammar(form.response_format),
     }
+
+
+def _grammar(form: ResponseFormat | None) -> Grammar | None:
+    if form is None or form.type == "text":
+        return None
+    try:
+        if form.type == "regex":
+            return Grammar.regex(form.pattern or "")
+        return Grammar.json_schema({"type": "object"} if form.json_schema is None else form.json_schema.given)
+    except ImportError as error:
+        raise ApiError(400, "unsupported_parameter", "response_format: not supported by this server, which has no "
+                       "llguidance", "response_format") from error  # fmt: skip
 
 
 async def _answer(
@@ -208,12 +226,10 @@ async def _answer(
 ) -> Response:  # fmt: skip
     began = time.perf_counter()
     for_whom = whom(form, service, client)
-    if form.stream and logprobs is not None:
-        raise ApiError(400, "unsupported_parameter", "logprobs: not supported in streams by this server", "logprobs")
-    options = sampling(form, logprobs)
     with ExitStack() as held:
         held.enter_context(client.open())
         try:
+            options = sampling(form, logprobs)
             begun = service.call(submit, service, client, for_whom, prompts, form.n, limit, options)
             handles, made = await begun
         except Exception as error:
@@ -222,6 +238,7 @@ async def _answer(
             held.callback(handle.cancel)
         answers = Answers(service, client, handles, began)
         completion = kind(form.model, answers, made)
+        traces.current().set_attribute("gen_ai.request.model", form.model)
 
         def remember(results: Sequence[Result]) -> None:
             if service.history is not None:
@@ -232,7 +249,10 @@ async def _answer(
                 service.completions.put((client.namespace, completion.id), one, one.size())
 
         if not form.stream:
-            results = await _unless_gone(request, answers.all())
+            try:
+                results = await _unless_gone(request, answers.all())
+            except Exception as error:
+                raise failure(error) from error
             if results is None:
                 return Response(status_code=499)  # nobody is there to read it
             remember(results)
@@ -272,26 +292,39 @@ async def _unless_gone(request: Request, work: Any) -> Any:
 # ------------------------------------------------------------ answers as they come
 
 
+@dataclass(frozen=True)
+class Piece:
+    """What has come of one request: text, the log-probabilities of its tokens if asked for, at its end the result."""
+
+    index: int
+    text: str
+    logprobs: Sequence[TokenLogprobs] | None
+    result: Result | None
+
+
 class Answers:
     """The texts of some requests as they come, with the server's figures about them."""
 
     def __init__(self, service: Service, client: Client, handles: Sequence[Handle], began: float) -> None:
-        self.handles = handles
+        self.handles, self._span = handles, traces.current()
         self._service, self._client, self._last = service, client, [began] * len(handles)
         self._begun = [False] * len(handles)
 
-    async def pieces(self) -> AsyncIterator[tuple[int, str, Result | None]]:
-        """What comes: of which request, a piece of its text, and, with the last one, its result."""
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """What comes, with the last piece of a request its result."""
         texts = [PiecewiseText(self._service.policy.tokenizer, handle) for handle in self.handles]
+        given = [0] * len(self.handles)
         async for index, tokens, ended in self._service.bridge.follow(self.handles):
             self._time(index, len(tokens))
-            piece = texts[index].add(tokens)
+            text, logprobs = texts[index].add(tokens), self.handles[index].logprobs
+            if logprobs is not None:
+                begin, given[index] = given[index], given[index] + len(tokens)
+                logprobs = logprobs[begin : given[index]]
             if ended:
-                result = self.handles[index].result()
-                self._count(result)
-                yield index, piece + texts[index].rest(result), result
-            elif piece:
-                yield index, piece, None
+                result = self._ended(index)
+                yield Piece(index, text + texts[index].rest(result), logprobs, result)
+            elif text or logprobs:
+                yield Piece(index, text, logprobs, None)
 
     def token_text(self, token: int) -> str:
         """One token by itself."""
@@ -303,9 +336,24 @@ class Answers:
         async for index, tokens, ended in self._service.bridge.follow(self.handles):
             self._time(index, len(tokens))
             if ended:
-                results[index] = self.handles[index].result()
-                self._count(results[index])
+                results[index] = self._ended(index)
         return results
+
+    def _ended(self, index: int) -> Result:
+        """A request's result. Raises what it failed of; ApiError where the server's end has cut it short."""
+        result = self.handles[index].result()
+        metrics = self._service.metrics
+        metrics.prompt_tokens.inc(result.prompt_tokens)
+        metrics.cached_tokens.inc(result.cached_tokens)
+        metrics.answer_tokens.inc(len(result.tokens))
+        self._client.charge(result.prompt_tokens + len(result.tokens))
+        self._span.add_event("answered", {
+            "index": index, "reason": result.reason, "gen_ai.usage.input_tokens": result.prompt_tokens,
+            "cached_tokens": result.cached_tokens, "gen_ai.usage.output_tokens": len(result.tokens),
+        })  # fmt: skip
+        if result.reason == "cancelled":
+            raise shutting_down()
+        return result
 
     def _time(self, index: int, tokens: int) -> None:
         if tokens:
@@ -313,14 +361,9 @@ class Answers:
             seconds, self._last[index] = now - self._last[index], now
             metrics = self._service.metrics
             (metrics.between if self._begun[index] else metrics.first).observe(seconds)
+            if not self._begun[index]:
+                self._span.add_event("first token", {"index": index})
             self._begun[index] = True
-
-    def _count(self, result: Result) -> None:
-        metrics = self._service.metrics
-        metrics.prompt_tokens.inc(result.prompt_tokens)
-        metrics.cached_tokens.inc(result.cached_tokens)
-        metrics.answer_tokens.inc(len(result.tokens))
-        self._client.charge(result.prompt_tokens + len(result.tokens))
 
 
 def usage(results: Sequence[Result], count: int) -> dict[str, Any]:
@@ -377,7 +420,7 @@ class _Kind:
         """What a stream of an answer begins with."""
         raise NotImplementedError
 
-    def piece(self, index: int, text: str) -> dict[str, Any]:
+    def piece(self, index: int, text: str, logprobs: Sequence[TokenLogprobs] | None) -> dict[str, Any]:
         """A piece of an answer."""
         raise NotImplementedError
 
@@ -408,14 +451,14 @@ class _Kind:
             for index in range(left):
                 if (first := self.first(index)) is not None:
                     yield event(first)
-            async for index, text, result in self._answers.pieces():
-                if text:
-                    yield event(self.piece(index, text))
-                if result is not None:
-                    results[index], left = result, left - 1
+            async for piece in self._answers.pieces():
+                if piece.text or piece.logprobs:
+                    yield event(self.piece(piece.index, piece.text, piece.logprobs))
+                if piece.result is not None:
+                    results[piece.index], left = piece.result, left - 1
                     if not left:
                         remember(results)
-                    yield event(self.last(index, _REASONS[result.reason]))
+                    yield event(self.last(piece.index, _REASONS[piece.result.reason]))
         except Exception as error:  # the status has been sent: what is left is to say it in the stream
             yield f"data: {json.dumps(failure(error).body())}\n\n"
             return
@@ -433,21 +476,26 @@ class _Chat(_Kind):
 
     def choice(self, index: int, result: Result) -> dict[str, Any]:
         message = {"role": "assistant", "content": result.text, "refusal": None}
-        logprobs = None if result.logprobs is None else {"content": self._logprobs(result.logprobs), "refusal": None}
+        logprobs = self._logprobs(result.logprobs)
         return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": _REASONS[result.reason]}
 
-    def _logprobs(self, found: Sequence[TokenLogprobs]) -> list[dict[str, Any]]:
+    def _logprobs(self, found: Sequence[TokenLogprobs] | None) -> dict[str, Any] | None:
         def one(token: int, logprob: float) -> dict[str, Any]:
             text = self._answers.token_text(token)
-            return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+            part = "\ufffd" in text  # of a character: its bytes are not known from the text
+            return {"token": text, "logprob": logprob, "bytes": None if part else list(text.encode())}
 
-        return [{**one(each.token, each.logprob), "top_logprobs": [one(*pair) for pair in each.top]} for each in found]
+        if found is None:
+            return None
+        content = [{**one(each.token, each.logprob), "top_logprobs": [one(*pair) for pair in each.top]}
+                   for each in found]  # fmt: skip
+        return {"content": content, "refusal": None}
 
     def first(self, index: int) -> dict[str, Any] | None:
         return self._delta(index, {"role": "assistant", "content": ""})
 
-    def piece(self, index: int, text: str) -> dict[str, Any]:
-        return self._delta(index, {"content": text})
+    def piece(self, index: int, text: str, logprobs: Sequence[TokenLogprobs] | None) -> dict[str, Any]:
+        return {**self._delta(index, {"content": text}), "logprobs": self._logprobs(logprobs)}
 
     def last(self, index: int, reason: str) -> dict[str, Any]:
         return {**self._delta(index, {}), "finish_reason": reason}
@@ -460,23 +508,28 @@ class _Chat(_Kind):
 class _Text(_Kind):
     prefix, object, chunk = "cmpl-", "text_completion", "text_completion"
 
-    def choice(self, index: int, result: Result) -> dict[str, Any]:
-        logprobs = None if result.logprobs is None else self._logprobs(result.logprobs)
-        piece = self.piece(index, result.text or "")
-        return {**piece, "logprobs": logprobs, "finish_reason": _REASONS[result.reason]}
+    def __init__(self, model: str, answers: Answers) -> None:
+        super().__init__(model, answers)
+        self._offsets = [0] * len(answers.handles)  # characters of an answer's tokens that have been given
 
-    def _logprobs(self, found: Sequence[TokenLogprobs]) -> dict[str, Any]:
+    def choice(self, index: int, result: Result) -> dict[str, Any]:
+        return {**self.piece(index, result.text or "", result.logprobs), "finish_reason": _REASONS[result.reason]}
+
+    def _logprobs(self, index: int, found: Sequence[TokenLogprobs] | None) -> dict[str, Any] | None:
+        if found is None:
+            return None
         texts = [self._answers.token_text(each.token) for each in found]
         tops = [{self._answers.token_text(token): value for token, value in each.top} for each in found]
-        offsets = list(itertools.accumulate(map(len, texts[:-1]), initial=0))
+        *offsets, self._offsets[index] = itertools.accumulate(map(len, texts), initial=self._offsets[index])
         return {"tokens": texts, "token_logprobs": [each.logprob for each in found], "top_logprobs": tops,
                 "text_offset": offsets}  # fmt: skip
 
     def first(self, index: int) -> dict[str, Any] | None:
         return None
 
-    def piece(self, index: int, text: str) -> dict[str, Any]:
-        return {"index": index, "text": text, "logprobs": None, "finish_reason": None}
+    def piece(self, index: int, text: str, logprobs: Sequence[TokenLogprobs] | None) -> dict[str, Any]:
+        found = self._logprobs(index, logprobs)
+        return {"index": index, "text": text, "logprobs": found, "finish_reason": None}
 
     def last(self, index: int, reason: str) -> dict[str, Any]:
-        return {**self.piece(index, ""), "finish_reason": reason}
+        return {**self.piece(index, "", None), "finish_reason": reason}

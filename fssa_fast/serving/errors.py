@@ -19,7 +19,8 @@ from fssa_fast.users.store import StoreConflict
 logger = logging.getLogger("fssa_fast.serving")
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error", 503: "server_error"}
-_ARGUMENTS = {"max_new_tokens": "max_tokens"}  # what the engine calls otherwise than the API
+# What the engine calls otherwise than the API.
+_ARGUMENTS = {"max_new_tokens": "max_tokens", "grammar": "response_format", "allowed_tokens": "allowed_token_ids"}
 
 
 class ApiError(HTTPException):
@@ -73,18 +74,23 @@ def translated(error: Exception) -> ApiError:
         logger.error("the users' database failed: %s", error)
         return ApiError(503, "store_failed", "the users' database cannot be read or written")
     if isinstance(error, (ValueError, TypeError)):
-        message = str(error)
-        name, colon, _ = message.partition(":")
+        message = str(error).partition("\n")[0]  # llguidance says more than anybody wants to know
+        name, colon, rest = message.partition(":")
         param = _ARGUMENTS.get(name, name) if colon and name.isidentifier() else None
+        message = message if param is None else f"{param}:{rest}"
         code = "context_length_exceeded" if "tokens with the answer" in message else "invalid_value"
         return ApiError(400, code, message, param)
     raise error
 
 
 def failure(error: Exception) -> ApiError:
-    """What a request failed of after it had begun: by no fault of its own."""
+    """What a request failed of after it had begun: by no fault of its own, unless a grammar cannot be followed."""
+    if isinstance(error, ApiError):
+        return error
     if isinstance(error, EngineClosed):
         return shutting_down()
+    if isinstance(error, ValueError) and str(error).startswith("grammar:"):
+        return translated(error)
     logger.error("a request failed: %s", type(error).__name__, exc_info=error)
     return ApiError(500, "generation_failed", "the answer could not be made to its end")
 

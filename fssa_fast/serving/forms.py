@@ -14,6 +14,7 @@ SLASH = "\x1f"
 """What stands for a slash within a name while a route is found; no name has one."""
 NameInPath = Annotated[str, AfterValidator(lambda name: name.replace(SLASH, "/"))]
 Text = Annotated[str, Field(max_length=1 << 20)]
+Tokens = Annotated[list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(min_length=1, max_length=1 << 20)]
 Weight = Annotated[float, Field(ge=-100, le=100)]
 
 
@@ -39,12 +40,35 @@ class StreamOptions(Form):
     include_usage: bool = False
 
 
+class JsonSchema(Form):
+    """OpenAI's wrapping of a schema; `name`, `description` and `strict` change nothing: answers always meet it."""
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    name: Annotated[str, Field(max_length=64)]
+    description: Text | None = None
+    given: dict[str, Any] = Field(alias="schema", default_factory=lambda: {"type": "object"})
+    strict: bool = True
+
+
 class ResponseFormat(Form):
-    type: Literal["text"]
+    """The form of an answer. Beyond OpenAI: `regex`, whose `pattern`, in Rust's syntax, the whole answer matches."""
+
+    type: Literal["text", "json_object", "json_schema", "regex"]
+    json_schema: JsonSchema | None = None
+    pattern: Annotated[str, Field(min_length=1, max_length=1 << 16)] | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ResponseFormat:
+        for kind, name in (("json_schema", "json_schema"), ("regex", "pattern")):
+            if (self.type == kind) != (getattr(self, name) is not None):
+                raise ValueError(f"{name}: expected with the type {kind}, and with no other")
+        return self
 
 
 class CompletionOptions(Form):
-    """What both kinds of completion take."""
+    """What both kinds of completion take. Beyond OpenAI, with vLLM's names: `top_k` to `repetition_penalty`, and
+    `allowed_token_ids`."""
 
     model: Annotated[str, Field(max_length=1024)]
     user: Name | None = None
@@ -54,11 +78,16 @@ class CompletionOptions(Form):
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=0, lt=1 << 31)] = 0
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.0
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    allowed_token_ids: Tokens | None = None
     logit_bias: (
         Annotated[dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Weight], Field(max_length=1024)] | None
     ) = None
+    response_format: ResponseFormat | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
 
@@ -91,7 +120,6 @@ class ChatForm(CompletionOptions):
     max_completion_tokens: Annotated[int, Field(ge=1, le=1 << 20)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    response_format: ResponseFormat | None = None
 
     @model_validator(mode="after")
     def _consistent_chat(self) -> ChatForm:
@@ -100,9 +128,6 @@ class ChatForm(CompletionOptions):
         if self.max_tokens is not None and self.max_completion_tokens is not None:
             raise ValueError("max_tokens, max_completion_tokens: expected one of them, got both")
         return self
-
-
-Tokens = Annotated[list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(min_length=1, max_length=1 << 20)]
 
 
 class TextForm(CompletionOptions):

@@ -11,6 +11,7 @@ from urllib.parse import unquote
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from fssa_fast.serving import traces
 from fssa_fast.serving.errors import ApiError, shutting_down
 from fssa_fast.serving.forms import SLASH
 from fssa_fast.serving.service import Service
@@ -24,6 +25,7 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
+HEADER_BYTES = 32 << 10
 _ALWAYS = ("/health", "/ready", "/metrics")  # answered while the server shuts down, too
 
 
@@ -43,32 +45,37 @@ class Guard:
         exchange = _Exchange(service, receive, send, self._headers)
         refused = self._refused(scope)
         service.open_requests += 1
-        try:
-            if refused is not None:
-                await refused.response()(scope, exchange.receive, exchange.send)
-            else:
-                await self._app(scope, exchange.receive, exchange.send)
-        except ApiError as error:  # of reading the body
-            if exchange.status is None:
-                await error.response()(scope, exchange.receive, exchange.send)
-        except TimeoutError:
-            exchange.status = exchange.status or 408  # the client reads nothing: the connection is closed
-        finally:
-            service.open_requests -= 1
-            self._log(scope, exchange)
+        with traces.request(scope) as span:
+            try:
+                if refused is not None:
+                    await refused.response()(scope, exchange.receive, exchange.send)
+                else:
+                    await self._app(scope, exchange.receive, exchange.send)
+            except ApiError as error:  # of reading the body
+                if exchange.status is None:
+                    await error.response()(scope, exchange.receive, exchange.send)
+            except TimeoutError:
+                exchange.status = exchange.status or 408  # the client reads nothing: the connection is closed
+            finally:
+                service.open_requests -= 1
+                self._log(scope, exchange, span)
 
     def _refused(self, scope: Scope) -> ApiError | None:
         if self._service.draining and scope["path"] not in _ALWAYS:
             return shutting_down()
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > HEADER_BYTES:  # they came in one piece
+            return ApiError(431, "headers_too_long", f"headers: expected at most {HEADER_BYTES} bytes", None,
+                            {"Connection": "close"})  # fmt: skip
         length = dict(scope["headers"]).get(b"content-length", b"0")
         if not length.isdigit() or int(length) > self._service.settings.body_bytes:
             return _too_long(self._service)
         return None
 
-    def _log(self, scope: Scope, exchange: _Exchange) -> None:
+    def _log(self, scope: Scope, exchange: _Exchange, span: traces.Span) -> None:
         route = getattr(scope.get("route"), "path", "other")  # the pattern: a path may hold a user's name
         seconds = time.perf_counter() - exchange.began
         status = exchange.status or 499
+        traces.answered(span, scope["method"], route, status)
         self._service.metrics.requests.labels(route, status).inc()
         self._service.metrics.seconds.labels(route).observe(seconds)
         if logger.isEnabledFor(logging.INFO):

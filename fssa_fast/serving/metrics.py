@@ -23,6 +23,7 @@ class Metrics:
         self.seconds = histogram("fssa_http_request_seconds", "Until the last byte.", ("route",))
         self.first = histogram("fssa_first_token_seconds", "From a request to its first token.", buckets=_SECONDS)
         self.between = histogram("fssa_token_seconds", "From one token to the next.", buckets=_SECONDS)
+        self.step = histogram("fssa_step_seconds", "A step of all running requests.", buckets=_SECONDS)
         self.prompt_tokens = counter("fssa_prompt_tokens", "Tokens of prompts.")
         self.cached_tokens = counter("fssa_cached_tokens", "Tokens of prompts that were found computed.")
         self.answer_tokens = counter("fssa_answer_tokens", "Tokens of answers.")

@@ -17,7 +17,7 @@ from fssa_fast.data.history import Made
 from fssa_fast.generation.prompts import told
 from fssa_fast.policy import SteerablePolicy
 from fssa_fast.serving.completions import Answers, Whom, submit, tells_chats
-from fssa_fast.serving.errors import ApiError, json_response, translated, unknown_user
+from fssa_fast.serving.errors import ApiError, failure, json_response, translated, unknown_user
 from fssa_fast.serving.forms import ChoicesForm, FeedbackForm, Name, NameInPath, QuestionForm, UserForm
 from fssa_fast.serving.keys import Client
 from fssa_fast.serving.remembered import Completion
@@ -132,21 +132,23 @@ async def remove_choice(name: NameInPath, choice: str, request: Request, service
 @router.post("/feedback", status_code=201)
 async def feedback(form: FeedbackForm, request: Request, service: Serving, client: Asking) -> Response:
     """Which of two completions was better: a choice of the user whom they were made for, or of the one named."""
-    sides = [
-        _remembered(service, client, *side)
-        for side in (("better", form.better, form.better_index), ("worse", form.worse, form.worse_index))
-    ]
-    (better, chosen), (worse, rejected) = sides
-    if better.prompt != worse.prompt:
-        raise ApiError(400, "different_prompts", "better, worse: expected answers to the same prompt", "worse")
-    if form.user is not None:
-        stored = client.stored(form.user)
-    elif better.user is not None and better.user == worse.user:
-        stored = better.user
-    else:
-        raise ApiError(400, "invalid_value", "user: expected a name, since these were not made for one user", "user")
 
     async def write() -> Response:
+        sides = [
+            _remembered(service, client, *side)
+            for side in (("better", form.better, form.better_index), ("worse", form.worse, form.worse_index))
+        ]
+        (better, chosen), (worse, rejected) = sides
+        if better.prompt != worse.prompt:
+            raise ApiError(400, "different_prompts", "better, worse: expected answers to the same prompt", "worse")
+        if form.user is not None:
+            stored = client.stored(form.user)
+        elif better.user is not None and better.user == worse.user:
+            stored = better.user
+        else:
+            raise ApiError(
+                400, "invalid_value", "user: expected a name, since these were not made for one user", "user"
+            )
         (new,) = _made([(chosen, rejected, better.prompt)])
         found = await service.call(_add, service, client, stored, [new])
         _record(service, found, [new], better.made, worse.made)
@@ -184,6 +186,8 @@ async def question(
             raise translated(error) from error
         try:
             results = await Answers(service, client, handles, time.perf_counter()).all()
+        except Exception as error:
+            raise failure(error) from error
         finally:
             for handle in handles:
                 handle.cancel()

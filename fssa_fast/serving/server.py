@@ -13,30 +13,56 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-HEADER_BYTES = 32 << 10
+from fssa_fast.serving.guard import HEADER_BYTES
+
 HEADER_SECONDS = 10.0
 
 
 class _Protocol(H11Protocol):
-    """Cuts a connection off that has not sent a whole request's headers in time."""
+    """Cuts a connection off that has not sent a whole request's headers in time, be it the first or a later one."""
+
+    _due: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self._headers_due = self.loop.call_later(HEADER_SECONDS, self._too_slow)
+        self._due = self.loop.call_later(HEADER_SECONDS, transport.close)
 
-    def _too_slow(self) -> None:
-        if self.cycle is None:
-            self.transport.close()
+    def data_received(self, data: bytes) -> None:
+        if self._due is None and not self._answering():
+            self._due = self.loop.call_later(HEADER_SECONDS, self.transport.close)
+        super().data_received(data)
+        if self._answering():
+            self._nothing_due()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._headers_due.cancel()
+        self._nothing_due()
         super().connection_lost(exc)
+
+    def on_response_complete(self) -> None:  # of a request that came and was answered within one call
+        self._nothing_due()
+        super().on_response_complete()
+
+    def _answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _nothing_due(self) -> None:
+        if self._due is not None:
+            self._due.cancel()
+            self._due = None
 
 
 class Server(uvicorn.Server):
-    """At the first signal new requests are answered 503 and running ones end; at the second, or in time, it stops."""
+    """At the first signal new requests are answered 503, and running ones end.
 
-    def __init__(self, config: uvicorn.Config, app: FastAPI, grace_seconds: float) -> None:
+    Those that are not done in time are told that the server ends, and it stops; a second signal does not wait for that.
+    Options are uvicorn's.
+    """
+
+    def __init__(self, app: FastAPI, grace_seconds: float, **options: Any) -> None:
+        config = uvicorn.Config(
+            app, http=_Protocol, h11_max_incomplete_event_size=HEADER_BYTES, access_log=False, server_header=False,
+            log_level="warning", timeout_keep_alive=15, timeout_graceful_shutdown=5, **options,
+        )  # fmt: skip
         super().__init__(config)
         self._service, self._grace = app.state.service, grace_seconds
 
@@ -48,8 +74,11 @@ class Server(uvicorn.Server):
             self._end = time.monotonic() + self._grace
 
     async def on_tick(self, counter: int) -> bool:
-        if self._service.draining and (not self._service.open_requests or time.monotonic() > self._end):
-            self.should_exit = True
+        if self._service.draining:
+            late = time.monotonic() > self._end
+            if late:
+                await asyncio.to_thread(self._service.end)
+            self.should_exit = self.should_exit or late or not self._service.open_requests
         return await super().on_tick(counter)
 
 
@@ -71,9 +100,5 @@ def run(app: FastAPI, *, host: str, port: int, grace_seconds: float = 30.0, **op
         handler.setFormatter(logging.Formatter("%(message)s"))
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
-    config = uvicorn.Config(
-        app, host=host, port=port, http=_Protocol, h11_max_incomplete_event_size=HEADER_BYTES, access_log=False,
-        server_header=False, log_level="warning", timeout_keep_alive=15, timeout_graceful_shutdown=5, **options,
-    )  # fmt: skip
-    server = Server(config, app, grace_seconds)
+    server = Server(app, grace_seconds, host=host, port=port, **options)
     asyncio.run(server.serve())

@@ -35,8 +35,8 @@ class Service:
         self, versions: Versions, store: UserStore, keys: Keys, settings: Settings, history: History | None = None
     ) -> None:
         self.store, self.keys, self.settings, self.history = store, keys, settings, history
-        self.use(versions)
         self.metrics = Metrics(lambda: self.versions)
+        self.use(versions)
         self.bridge: Bridge  # once there is a loop
         self.draining = False
         self.open_requests = 0
@@ -50,6 +50,7 @@ class Service:
         for version in versions:
             if not isinstance(version.policy.users, StoredUsers):
                 raise ValueError("policy: expected one whose users are in a store, got one without; see use_store")
+            version.engine.after_step = self.metrics.step.observe
         self.versions = versions
 
     @property
@@ -70,10 +71,14 @@ class Service:
         """Calls a function that may block, in a thread."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, partial(function, *args, **kwargs))
 
-    def close(self) -> None:
-        """Ends the engines and the threads. The store stays open."""
+    def end(self) -> None:
+        """Ends the engines, and with them the requests that run; those are told."""
         for version in self.versions:
             version.engine.close()
+
+    def close(self) -> None:
+        """Ends the engines and the threads. The store stays open."""
+        self.end()
         self._threads.shutdown()
 
 
