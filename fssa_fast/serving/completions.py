@@ -508,8 +508,8 @@ class _Chat(_Kind):
 class _Text(_Kind):
     prefix, object, chunk = "cmpl-", "text_completion", "text_completion"
 
-    def __init__(self, model: str, answers: Answers) -> None:
-        super().__init__(model, answers)
+    def __init__(self, model: str, answers: Answers, made: Made) -> None:
+        super().__init__(model, answers, made)
         self._offsets = [0] * len(answers.handles)  # characters of an answer's tokens that have been given
 
     def choice(self, index: int, result: Result) -> dict[str, Any]:

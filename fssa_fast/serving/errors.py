@@ -120,6 +120,10 @@ def install(app: FastAPI) -> None:
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "bad_request")
         return ApiError(error.status_code, code, str(error.detail), None, error.headers).response()
 
+    async def of_server(_: Request, error: Exception) -> Response:  # which uvicorn logs
+        return ApiError(500, "server_error", "the server failed; its log says of what").response()
+
+    app.add_exception_handler(Exception, of_server)
     app.add_exception_handler(RequestValidationError, of_validation)
     app.add_exception_handler(HTTPException, of_http)
     for kind in (ApiError, QueueFull, BankFull, EngineClosed, StoreError):
