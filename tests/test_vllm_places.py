@@ -8,7 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.fx.experimental.proxy_tensor import make_fx
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from fssa_fast import Choice, EncoderConfig, SteerablePolicy, SteeringConfig
 from fssa_fast.users.sqlite_store import SqliteStore
 from fssa_fast.users.store import Change, StoredUser, StoreError
 from fssa_fast.vllm import BASE, PRIOR
@@ -294,6 +297,49 @@ def test_film_changes_the_stream_by_the_row_of_every_token_and_looks_at_no_numbe
     assert torch.equal(new[1], stream[1]) and (not apart or output[0] is added)  # a base row
 
 
+def test_what_a_captured_step_does_is_the_same_for_whoever_is_served_and_sees_their_rows() -> None:
+    """Traced once and replayed on the same buffers, as a CUDA graph is: no host reads, copies or fills of their own."""
+    torch.manual_seed(0)
+    rows, width = worker(), 2
+    linear_ = linear(ReplicatedLinear, 12, 2 * width, 1, 0)
+    linear_.weight = torch.randn(2 * width, 12)
+    child = LoraChild(rows, torch.randn(1, 12), torch.randn(1, 2 * width), slice(0, 1), slice(1, 2))
+    steer_linear(linear_, child)
+    block = torch.nn.Identity()
+    steer_block(block, rows, slice(1, 1 + 2 * width))
+    hangers = [rows.rows, rows.slots, child.a, child.b]
+    addresses = [tensor.data_ptr() for tensor in hangers]
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        added, stream = block(linear_.quant_method.apply(linear_, x).chunk(2, -1))
+        return added + stream
+
+    def serve(*seeds: int) -> None:
+        for slot, seed in enumerate(seeds, 1):
+            rows.fill(slot, text(seed))
+        rows.point(torch.tensor([0, 1, 3, 6], dtype=torch.int32), torch.randperm(3))
+
+    x = torch.randn(6, 12)
+    with torch.no_grad():
+        serve(1, 2, 3)
+        graph = make_fx(step)(x)
+        kept = {getattr(graph, str(node.target)).data_ptr() for node in graph.graph.nodes if node.op == "get_attr"}
+        assert set(addresses) <= kept  # the buffers themselves, not what was in them
+        targets = [node.target for node in graph.graph.nodes]
+        traced = [target.name() for target in targets if isinstance(target, torch._ops.OpOverload)]
+        outside = (*RecordOps.HOST, "_to_copy", "pin_memory", "lift_fresh", "empty", "zeros", "full", "arange", "copy_")
+        assert "fssa::lora_" in traced
+        assert [name for name in traced if any(word in name for word in outside)] == []
+        before = graph(x)
+        with RecordOps() as first:
+            assert torch.equal(graph(x), step(x))
+        serve(4, 5, 6)
+        with RecordOps() as second:
+            assert torch.equal(graph(x), step(x))
+        assert first.names == second.names and not torch.equal(graph(x), before)
+    assert addresses == [tensor.data_ptr() for tensor in hangers]
+
+
 def test_a_runner_whose_model_is_not_steered_is_left_alone() -> None:
     runner = SimpleNamespace(get_model=lambda: torch.nn.Linear(1, 1))
     assert prepare_inputs(lambda own, output: output, runner, "prepared") == "prepared"
@@ -308,9 +354,7 @@ def users(tmp_path: Any) -> NamedUsers:
     store = SqliteStore(tmp_path / "users.db")
     store.put([Change(StoredUser("alice", 1, 2.0, torch.full((4,), 1.0).bfloat16(), "own"))])
     store.put([Change(StoredUser("bob", 1, 1.0, torch.full((4,), -2.0).bfloat16(), "own"))])
-    return NamedUsers(
-        store, torch.zeros(4).bfloat16(), encoder="own", bounds=[Bound(1.0, 1.0, 1e4)]
-    )
+    return NamedUsers(store, torch.zeros(4).bfloat16(), encoder="own", bounds=[Bound(1.0, 1.0, 1e4)])
 
 
 def test_names_blends_and_latents_become_texts(users: NamedUsers) -> None:
@@ -360,6 +404,28 @@ def test_a_latent_of_another_encoder_is_not_served(users: NamedUsers) -> None:
     users._store.put([Change(StoredUser("carol", 1, 1.0, torch.zeros(4).bfloat16(), "another"))])
     with pytest.raises(StoreError, match="carol"):
         users.text({"fssa_user": "carol"})
+
+
+def test_users_are_found_in_postgresql_by_the_url_in_the_environment(
+    postgres: Any, monkeypatch: Any, tmp_path: Any
+) -> None:
+    sizes = dict(hidden_size=16, intermediate_size=16, num_attention_heads=2, num_key_value_heads=1)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=32, num_hidden_layers=2, **sizes)).eval()
+    policy = SteerablePolicy(model, SteeringConfig(EncoderConfig(embedding_width=8, latent_width=16), film=True))
+    policy.save_pretrained(tmp_path / "policy")
+    url = postgres.database().where
+    policy.use_store(url)
+    policy.users.add("alice", [Choice(torch.ones(8), torch.zeros(8))])
+    monkeypatch.setenv("FSSA_USERS", url)
+    options = read_options(
+        SimpleNamespace(load_format="fssa", model_loader_extra_config={"fssa": {"policy": str(tmp_path / "policy")}})
+    )
+    assert options is not None
+    users = NamedUsers.open(options, SimpleNamespace(hf_text_config=model.config, dtype=torch.bfloat16))
+    texts = [users.text({}), users.text({"fssa_user": "alice"})]
+    policy.users.update("alice", [Choice(torch.zeros(8), torch.ones(8))])
+    texts.append(users.text({"fssa_user": "alice"}))
+    assert len(set(texts)) == 3  # the prior, and alice before and after
 
 
 # ---------------------------------------------------------------- refusals and options

@@ -1,10 +1,14 @@
-"""vLLM on a CPU, for tests that run where it is installed (`make vllm-test`), and tiny policies for it."""
+"""vLLM on a CPU, for tests that run where it is installed (`make vllm-test`), and tiny policies for it.
+
+FSSA_VLLM_RUNNER=2 runs them with vLLM's second model runner, whose Triton kernels are interpreted.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +21,15 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+RUNNER = os.environ.setdefault("FSSA_VLLM_RUNNER", "1")
+os.environ["VLLM_USE_V2_MODEL_RUNNER"] = str(int(RUNNER == "2"))
+if RUNNER == "2":
+    os.environ["TRITON_INTERPRET"] = "1"
+    from triton.backends import backends
+
+    # vLLM for CPUs takes Triton for usable where it lists a backend "cpu"; interpreted kernels never ask it anything.
+    backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True), compiler=None)
 
 USERS = [f"user{number}" for number in range(6)]
 SHAPE = dict(
@@ -52,9 +65,22 @@ def tiny_model(kind: str) -> Any:
     return model.float().eval()
 
 
+def write_tokenizer(folder: Path) -> None:
+    """Words w0 to w255 for the tokens of the tiny models, and a template that says roles by words, too."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({f"w{number}": number for number in range(256)}, unk_token="w1"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+    tokenizer.chat_template = "{% for message in messages %}w3 {{ message['content'] }} {% endfor %}w4"
+    tokenizer.save_pretrained(folder)
+
+
 def make_policy(model: Any, folder: Path, *, store: str = "users.db") -> SteerablePolicy:
     """A policy of all ways to steer, with six users at rest, saved beside its base: folder/{base,policy,users.db}."""
     model.save_pretrained(folder / "base")
+    write_tokenizer(folder / "base")
     torch.manual_seed(1)
     config = SteeringConfig(
         EncoderConfig(embedding_width=8, latent_width=16),
