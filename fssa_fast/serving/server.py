@@ -78,7 +78,8 @@ class Server(uvicorn.Server):
             late = time.monotonic() > self._end
             if late:
                 await asyncio.to_thread(self._service.end)
-            self.should_exit = self.should_exit or late or not self._service.open_requests
+            if late or not self._service.open_requests:
+                self.should_exit = True
         return await super().on_tick(counter)
 
 
