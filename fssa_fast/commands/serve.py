@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -33,6 +33,9 @@ def serve(
     waiting: Annotated[int, typer.Option(help="Requests that may wait.")] = 1024,
     grace: Annotated[float, typer.Option(help="Seconds that running requests have when the server is stopped.")] = 30.0,
     traces: Annotated[bool, typer.Option(help="Send OpenTelemetry's traces; its variables say where.")] = False,
+    ray: Annotated[bool, typer.Option("--ray", help="On Ray Serve: this machine's, or the cluster of RAY_ADDRESS; "
+                                      "--history is then a folder.")] = False,
+    replicas: Annotated[int, typer.Option(min=1, help="How many, with --ray.")] = 1,
     ssl_certfile: Annotated[Path | None, typer.Option(help="A certificate: serves HTTPS.")] = None,
     ssl_keyfile: Annotated[Path | None, typer.Option(help="The certificate's key.")] = None,
 ) -> None:  # fmt: skip
@@ -48,6 +51,7 @@ def serve(
     from fssa_fast.data.history import History
     from fssa_fast.policy.storage import saved_policy
     from fssa_fast.users import open_store
+    from fssa_fast.users.open_store import is_url
 
     keys = None if api_keys is None else read_keys(api_keys)
     if keys is None and not is_loopback(host):
@@ -60,6 +64,28 @@ def serve(
     if traces:
         with needs("traces"):
             export()
+    if ray:
+        for option, value in (("ssl-certfile", ssl_certfile), ("ssl-keyfile", ssl_keyfile), ("traces", traces or None)):
+            if value is not None:
+                raise ValueError(f"--{option}: expected none with --ray, got {value}")
+        with needs("ray"):
+            from fssa_fast.serving import ray as on_ray
+        # Replicas have other working folders.
+        paths = {"policy": directories["main"], "api_keys": api_keys, "history": history}
+        given: dict[str, Any] = {key: None if path is None else str(path.resolve()) for key, path in paths.items()}
+        given["store"] = store if is_url(store) else str(Path(store).resolve())
+        arguments = on_ray.Arguments(
+            **given, base=base, embedder=embedder, name=name, without_keys=keys is None, create_users=create_users,
+            rows=rows, cache_tokens=cache_tokens, waiting=waiting, dtype=dtype,
+            gpus=int(str(placed(device, dtype)["device_map"]).startswith("cuda")),
+        )  # fmt: skip
+        there = {one: on_ray.HeldVersion(policy=str(where.resolve()), share=shares.get(one, 1.0))
+                 for one, where in directories.items()}  # fmt: skip
+        on_ray.run(arguments, on_ray.Held(versions=there, experiment=experiment), host=host, port=port,
+                   replicas=replicas)  # fmt: skip
+        return
+    if replicas > 1:
+        raise ValueError(f"--replicas: expected 1 without --ray, got {replicas}")
     users = open_store(store)
     engine = {"max_rows": rows, "max_tokens": cache_tokens, "max_waiting": waiting, "step_tokens": max(256, rows)}
     shelf = Shelf(directories["main"], base, embedder, users, engine, len(directories) > 1, **placed(device, dtype))

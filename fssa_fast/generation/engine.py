@@ -132,6 +132,11 @@ class Engine:
         return self._running.preempted
 
     @property
+    def closed(self) -> bool:
+        """Whether it takes no more requests: closed, or broken for good."""
+        return self._closed
+
+    @property
     def running(self) -> int:
         """How many requests have a row."""
         return len(self._running)

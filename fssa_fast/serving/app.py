@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 from fastapi import FastAPI
@@ -24,7 +24,6 @@ from fssa_fast.serving.versions import Versions
 from fssa_fast.users.store import UserStore
 
 PAGE = Path(__file__).parent / "page"
-LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 _PARTS = {"page.css": "text/css", "page.js": "text/javascript", "icon.svg": "image/svg+xml"}
 
 
@@ -35,13 +34,12 @@ def make_app(
     keys: list[Key] | None = None,
     *,
     history: History | None = None,
-    hosts: Sequence[str] = LOOPBACK,
 ) -> FastAPI:
     """An app that serves the users of a policy, in one version or several; it closes the engines when it ends.
 
     Args:
         versions: of policies with tokenizers, and with their users in `store`; their engines with threads of their own.
-        keys: whose requests are answered; None answers everybody, and only to the names in `hosts`.
+        keys: whose requests are answered; None answers everybody, and only to the names of the loopback.
         history: where completions and choices are recorded; None records none.
 
     Raises ValueError for a policy without tokenizer or store.
@@ -95,6 +93,6 @@ def make_app(
         return FileResponse(PAGE / name, media_type=_PARTS[name])
 
     if keys is None:  # else a foreign page could reach it by a name of its own that leads to the loopback
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "[::1]"])
     app.add_middleware(Guard, service=service)
     return app

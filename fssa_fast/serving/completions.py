@@ -227,6 +227,7 @@ async def _answer(
     began = time.perf_counter()
     for_whom = whom(form, service, client)
     with ExitStack() as held:
+        held.enter_context(service.using(for_whom.version))
         held.enter_context(client.open())
         try:
             options = sampling(form, logprobs)

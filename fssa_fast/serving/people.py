@@ -135,7 +135,7 @@ async def feedback(form: FeedbackForm, request: Request, service: Serving, clien
 
     async def write() -> Response:
         sides = [
-            _remembered(service, client, *side)
+            await service.call(_remembered, service, client, *side)
             for side in (("better", form.better, form.better_index), ("worse", form.worse, form.worse_index))
         ]
         (better, chosen), (worse, rejected) = sides
@@ -177,7 +177,7 @@ async def question(
         "top_p": form.top_p,
         "seed": None if form.seed is None else form.seed % (1 << 63),
     }
-    with client.open():
+    with service.using(version), client.open():
         try:
             whom = Whom(stored, 1.0, version, stored)
             begun = service.call(submit, service, client, whom, [prompt], form.candidates, form.max_tokens, options)

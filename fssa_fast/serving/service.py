@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Callable, Coroutine
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from typing import Annotated, Any, ParamSpec, TypeVar
 
@@ -13,6 +15,7 @@ from fastapi import Depends, Request
 from starlette.responses import Response
 
 from fssa_fast.data.history import History
+from fssa_fast.generation import Engine
 from fssa_fast.policy import SteerablePolicy
 from fssa_fast.serving.bridge import Bridge
 from fssa_fast.serving.errors import ApiError
@@ -20,7 +23,7 @@ from fssa_fast.serving.keys import Client, Keys
 from fssa_fast.serving.metrics import Metrics
 from fssa_fast.serving.remembered import Completion, Remembered, Written
 from fssa_fast.serving.settings import Settings
-from fssa_fast.serving.versions import Versions
+from fssa_fast.serving.versions import Version, Versions
 from fssa_fast.users import StoredUsers
 from fssa_fast.users.store import UserStore
 
@@ -35,6 +38,7 @@ class Service:
         self, versions: Versions, store: UserStore, keys: Keys, settings: Settings, history: History | None = None
     ) -> None:
         self.store, self.keys, self.settings, self.history = store, keys, settings, history
+        self._in_use: Counter[Engine] = Counter()
         self.metrics = Metrics(lambda: self.versions)
         self.use(versions)
         self.bridge: Bridge  # once there is a loop
@@ -52,6 +56,22 @@ class Service:
                 raise ValueError("policy: expected one whose users are in a store, got one without; see use_store")
             version.engine.after_step = self.metrics.step.observe
         self.versions = versions
+
+    @contextmanager
+    def using(self, version: Version) -> Iterator[None]:
+        """A block that a version's engine is needed in; it is entered before the event loop does anything else."""
+        self._in_use[version.engine] += 1
+        try:
+            yield
+        finally:
+            self._in_use[version.engine] -= 1
+
+    async def retire(self, version: Version) -> None:
+        """Closes the engine of a version that answers nobody new, once those who use it have done so."""
+        while self._in_use[version.engine]:
+            await asyncio.sleep(0.05)
+        del self._in_use[version.engine]
+        await asyncio.to_thread(version.engine.close)
 
     @property
     def policy(self) -> SteerablePolicy:
