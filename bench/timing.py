@@ -118,6 +118,6 @@ def machine() -> dict[str, Any]:
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "instruction set": cpu.isa() if cpu is not None else f"no native module: {reason}",
+        "instruction set": cpu.isa() if cpu is not None else f"no native core: {reason}",
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }

@@ -313,6 +313,10 @@ typedef struct {
 
 FSSA_API const char *fssa_last_error(void);
 
+/* The bytes of a struct of this interface, by its name, or -1: who declares the structs anew can see that he has them as the
+ * library has. */
+FSSA_API int64_t fssa_size_of(const char *name);
+
 /* The instruction set that the CPU ops use: "scalar", "avx2", "avx512" or "avx512_bf16". The best that the machine has, unless the
  * environment variable FSSA_CPU_ISA or fssa_set_cpu_isa says otherwise. */
 FSSA_API fssa_status fssa_cpu_isa(const char **name);

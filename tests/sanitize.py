@@ -1,6 +1,6 @@
 """The CPU core under sanitizers: python tests/sanitize.py. Returns 1 where one found something.
 
-AddressSanitizer and UndefinedBehaviorSanitizer: the native module is built with both, beside the usual one, and the
+AddressSanitizer and UndefinedBehaviorSanitizer: the native core is built with both, beside the usual one, and the
 tests of the ops, of malformed calls, of the fused form and of the engine run with it. AVX-512's sets are left out where
 the machine has them not: test_avx512.py runs a model of them under both.
 
@@ -20,8 +20,6 @@ import sys
 import time
 from pathlib import Path
 
-import pybind11
-
 from fssa_fast.backends.cpu import supported_isas
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,19 +29,6 @@ FLAGS = ["-O1", "-g1", "-fno-omit-frame-pointer", "-fno-sanitize-recover=undefin
 PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # cmake and ninja of this environment first
 BOTH, THREAD = "-fsanitize=address,undefined", "-fsanitize=thread"
 
-# Every process of the tests, and those that they start, imports this before anything else.
-SITE = '''
-import importlib.util, sys
-
-class Sanitized:
-    """Finds the sanitized fssa_fast._C in place of the usual one."""
-
-    @staticmethod
-    def find_spec(name, path=None, target=None):
-        return importlib.util.spec_from_file_location(name, {module!r}) if name == "fssa_fast._C" else None
-
-sys.meta_path.insert(0, Sanitized)
-'''
 # Of the tests of each file those that run native code, in one run so that torch is loaded by two processes and no more.
 CHOSEN = {
     ("film", "lora", "context"): "cpu and (definition or gradients or nan_among or no_rows or three_dimensions)",
@@ -96,24 +81,19 @@ def planted_faults_found() -> bool:
 
 
 def build() -> None:
-    """The native module with AddressSanitizer and UndefinedBehaviorSanitizer, in BUILD."""
+    """The native core with AddressSanitizer and UndefinedBehaviorSanitizer, in BUILD."""
     for command in (
         ["cmake", "-S", ROOT, "-B", BUILD / "cmake", "-G", "Ninja", "-DCMAKE_BUILD_TYPE=None",
-         f"-DCMAKE_CXX_FLAGS={' '.join([*FLAGS, BOTH])}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-         f"-DPython_EXECUTABLE={sys.executable}", f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={BUILD}",
+         f"-DCMAKE_CXX_FLAGS={' '.join([*FLAGS, BOTH])}", f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={BUILD}",
          f"-DFSSA_AVX512={'ON' if 'avx512' in supported_isas() else 'OFF'}"],
         ["cmake", "--build", BUILD / "cmake", "--parallel", str(os.cpu_count() or 1)],
     ):  # fmt: skip
         if run(*command, environment={"CXX": CXX})[0]:
-            raise RuntimeError("the sanitized module was not built")
-    (module,) = BUILD.glob("_C.*.so")
-    site = BUILD / "site"
-    site.mkdir(exist_ok=True)
-    (site / "sitecustomize.py").write_text(SITE.replace("{module!r}", repr(str(module))))
+            raise RuntimeError("the sanitized core was not built")
 
 
 def tests_pass() -> bool:
-    """Runs the tests with the sanitized module."""
+    """Runs the tests with the sanitized core."""
     asan = subprocess.run([CXX, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
     stdcxx = subprocess.run([CXX, "-print-file-name=libstdc++.so"], capture_output=True, text=True, check=True)
     environment = {
@@ -121,10 +101,10 @@ def tests_pass() -> bool:
         "LD_PRELOAD": f"{asan.stdout.strip()} {stdcxx.stdout.strip()}",
         "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1",  # Python gives back little at its end
         "UBSAN_OPTIONS": "print_stacktrace=1",
-        "PYTHONPATH": str(BUILD / "site"),
+        "FSSA_CORE": str(BUILD / "_C.so"),
         "OMP_NUM_THREADS": "1",
     }
-    check = "import fssa_fast._C as c; print(c.__file__); assert 'sanitize' in c.__file__"
+    check = "from fssa_fast._native import load_native; print(load_native()[0].path)"
     if run(sys.executable, "-c", check, environment=environment)[0]:
         return False
     pytest = [sys.executable, "-m", "pytest", "-q", "-n", "auto", "--dist", "worksteal", *FILES, "-k", TESTS]

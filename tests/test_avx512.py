@@ -25,9 +25,9 @@ def test_the_fused_form_in_bfloat16():
     """The tests of the fused form hold: parity, rows on their own, over a cache full of NaN."""
     sanitized = os.environ.get("FSSA_PROOF") == "1"
     environment = build.environment() if sanitized else {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    environment |= {"FSSA_MODELLED": str(cpu.build(sanitized)), "FSSA_CPU_ISA": "avx512_bf16"}
+    environment |= {"FSSA_CORE": str(cpu.build(sanitized)), "FSSA_CPU_ISA": "avx512_bf16"}
     wanted = f"bfloat16 and ({' or '.join(EVERY)}) and not reference and not scalar"
-    options = ["-q", "-s", "-p", "emulation.cpu", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", wanted]
+    options = ["-q", "-s", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", wanted]
     command = [sys.executable, "-m", "pytest", *options, str(HERE / "test_fused.py")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=550)
     assert done.returncode == 0 and "14 passed" in done.stdout, done.stdout[-2000:] + done.stderr[-4000:]

@@ -1,10 +1,14 @@
-"""The build: what the native module links and exports, what a wheel holds, what an editable install finds."""
+"""The build: what the native core links and exports, what a wheel holds, what an editable install finds."""
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 import subprocess
 import sys
+import tarfile
+import venv
 import zipfile
 from pathlib import Path
 
@@ -21,7 +25,7 @@ readelf = pytest.mark.skipif(shutil.which("readelf") is None, reason="readelf is
 
 
 def _readelf(*options: str) -> str:
-    return subprocess.run(["readelf", "-W", *options, core.__file__], check=True, capture_output=True, text=True).stdout
+    return subprocess.run(["readelf", "-W", *options, core.path], check=True, capture_output=True, text=True).stdout
 
 
 @native
@@ -36,20 +40,21 @@ def test_links_neither_torch_nor_openmp_nor_python():
 
 @native
 @readelf
-def test_exports_only_the_module():
+def test_exports_the_interface_alone():
     exported = [
         line.split()[-1]
         for line in _readelf("--dyn-syms").splitlines()
         if " GLOBAL DEFAULT" in line and " UND " not in line
     ]
-    assert exported == ["PyInit__C"]
+    declared = re.findall(r"^FSSA_API .*?(\w+)\(", (ROOT / "csrc/fssa.h").read_text(), re.MULTILINE)
+    assert sorted(exported) == sorted(declared)
 
 
 @native
 @readelf
 def test_no_code_is_shared_between_instruction_sets():
     """A function from a header, compiled for a new instruction set, must not be the one that all of them call."""
-    build = sorted((ROOT / "build").glob("*/cmake/CMakeFiles/fssa_cpu_*.dir/csrc/cpu/*.o"))
+    build = sorted((ROOT / "build").glob("*/CMakeFiles/fssa_cpu_*.dir/csrc/cpu/*.o"))
     if not build:
         pytest.skip("not built in this checkout")
     for path in build:
@@ -70,41 +75,71 @@ def test_the_version_is_in_one_place():
     assert places == ["__init__.py"]
 
 
+def _pip(*arguments: str | Path, folder: Path) -> None:
+    """pip with what this environment has installed, without the variables of whoever runs the tests."""
+    environment = {name: os.environ[name] for name in ("PATH", "PYTHONPATH", "OMP_NUM_THREADS") if name in os.environ}
+    environment |= {"HOME": str(folder), "FSSA_CUDA": "0"}
+    subprocess.run([sys.executable, "-m", "pip", *arguments], check=True, env=environment, timeout=560)
+
+
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    """A wheel built from a copy of the sources, with what this environment has installed."""
-    for tool in ("setuptools", "pybind11"):
-        pytest.importorskip(tool)
-    folder = tmp_path_factory.mktemp("build")
-    source = folder / "source"
-    left_out = shutil.ignore_patterns(".*", "build", "dist", "*.so", "*.egg-info", "__pycache__", "golden")
-    shutil.copytree(ROOT, source, ignore=left_out)
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", folder, source]
-    environment = {"PATH": f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin", "HOME": str(folder)}
-    subprocess.run(command, check=True, env=environment, timeout=560)
+def sdist(tmp_path_factory) -> Path:
+    """A source distribution of this checkout."""
+    backend = pytest.importorskip("scikit_build_core.build")
+    folder, before = tmp_path_factory.mktemp("sdist"), Path.cwd()
+    os.chdir(ROOT)
+    try:
+        return folder / backend.build_sdist(str(folder))
+    finally:
+        os.chdir(before)
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist, tmp_path_factory) -> Path:
+    """A wheel built from the source distribution."""
+    folder = tmp_path_factory.mktemp("wheel")
+    _pip("wheel", "--no-deps", "--no-build-isolation", "-q", "-w", folder, sdist, folder=folder)
     (path,) = folder.glob("*.whl")
     return path
 
 
+def test_what_a_source_distribution_holds(sdist):
+    """What builds, what tests, and what the licence asks for; nothing that was built."""
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    for path in ("csrc/fssa.h", "CMakeLists.txt", "setup.py", "kernels/aot.json", "tests/conftest.py", "docs/index.md",
+                 "tests/golden", "Makefile", "LICENSE", "NOTICE", "fssa_fast/serving/page/page.js"):  # fmt: skip
+        assert any(name == path or name.startswith(f"{path}/") for name in names), path
+    assert not [name for name in names if name.endswith((".so", ".pyc")) or name.startswith(("build/", ".venv"))]
+
+
 @pytest.mark.slow
 def test_what_a_wheel_holds(wheel):
+    """One wheel for every Python of a platform: no file in it depends on one."""
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"fssa_fast"}
-    assert [name for name in names if name.startswith("fssa_fast/_C.") and name.endswith(".so")]
+    assert [name for name in names if name.endswith(".so")] == ["fssa_fast/_C.so"]
     for folder in (ROOT / "fssa_fast", ROOT / "kernels"):
         for path in folder.rglob("*.py"):
             inside = Path("fssa_fast") / path.relative_to(ROOT) if folder.name == "kernels" else path.relative_to(ROOT)
             assert inside.as_posix() in names
-    assert not [name for name in names if "test" in name or name.endswith((".cpp", ".h", ".cu"))]
-    assert wheel.name.startswith(f"fssa_fast-{fssa_fast.__version__}-cp")
+    assert {"fssa_fast/py.typed", "fssa_fast/serving/page/index.html"} <= set(names)
+    assert {name.rpartition("/")[2] for name in names if "/licenses/" in name} == {"LICENSE", "NOTICE"}
+    assert not [name for name in names if "test" in name or name.endswith((".cpp", ".h", ".cu", ".pyc"))]
+    assert wheel.name.startswith(f"fssa_fast-{fssa_fast.__version__}-py3-none-")
 
 
 @pytest.mark.slow
 def test_a_wheel_works_where_it_is_installed(wheel, tmp_path):
-    """In a folder of its own, before this checkout's package on the path."""
+    """In an environment of its own, which sees this one's packages, but not this checkout."""
+    venv.create(tmp_path / "environment")
+    python = tmp_path / "environment" / "bin" / "python"
+    (site,) = (tmp_path / "environment").glob("lib/*/site-packages")
     with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(tmp_path / "site")
+        archive.extractall(site)
+    seen = [path for path in sys.path if path.endswith("site-packages")]
+    (site / "seen.pth").write_text("\n".join(seen))  # their own .pth files, of editable installs, are not read
     program = (
         "import fssa_fast, pathlib, sys\n"
         "assert pathlib.Path(fssa_fast.__file__).is_relative_to(sys.argv[1]), fssa_fast.__file__\n"
@@ -116,7 +151,4 @@ def test_a_wheel_works_where_it_is_installed(wheel, tmp_path):
         "with use_backend('cpu'):\n"
         "    assert film(x, scale=x, shift=x, slots=torch.tensor([1, 0])).eq(3).all()\n"
     )
-    environment = {"PYTHONPATH": str(tmp_path / "site"), "PATH": "/usr/bin:/bin"}
-    subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path / "site")], check=True, cwd=tmp_path, env=environment, timeout=120
-    )
+    subprocess.run([python, "-c", program, site], check=True, cwd=tmp_path, env={"PATH": "/usr/bin:/bin"}, timeout=120)

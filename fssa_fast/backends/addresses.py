@@ -49,8 +49,8 @@ def gamma_rows(gamma: Tensor) -> Tensor:
     return gamma if gamma.stride(1) == 0 else rows_of(gamma)
 
 
-def addresses(tensors: Sequence[Tensor | None]) -> list[int]:
-    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+def addresses(tensors: Sequence[Tensor | None]) -> tuple[int, ...]:
+    return tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)
 
 
 class ContextInput(NamedTuple):
@@ -80,8 +80,8 @@ class ContextInput(NamedTuple):
     def users(self) -> int:
         return len(self.offsets) - 1
 
-    def group(self) -> tuple[object, ...]:
-        """As the core takes it."""
+    def group(self, threads: int) -> tuple[object, ...]:
+        """As the core takes it, with so many threads."""
         pairs, choices, offsets, weights, encoder = self
         where = pairs.data_ptr(), choices.data_ptr(), offsets.data_ptr(), addresses(weights)
-        return CODES[pairs.dtype], len(pairs), self.users, encoder, *where
+        return CODES[pairs.dtype], len(pairs), self.users, encoder, *where, threads

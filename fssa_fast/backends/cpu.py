@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fssa_fast._native import load_native
+from fssa_fast._native import Core, LoraBackwardPart, array, load_native
 from fssa_fast.backends import BackendError
 from fssa_fast.backends.addresses import (
     CODES,
@@ -32,7 +32,7 @@ _core, _reason = load_native()
 
 
 def unavailable() -> str | None:
-    """Why the native module is not there, or None."""
+    """Why the native core is not there, or None."""
     return _reason
 
 
@@ -52,12 +52,12 @@ def prefers(op: str, args: Sequence[Any]) -> bool:
 
 def isa() -> str:
     """The instruction set in use: one of ISAS. The best of the machine, or the one that FSSA_CPU_ISA names."""
-    return core().cpu_isa()
+    return core().isa()
 
 
 def set_isa(name: str) -> None:
     """Uses this instruction set from now on, in all threads; ValueError or RuntimeError where the machine cannot."""
-    core().set_cpu_isa(name)
+    core().set_isa(name)
 
 
 def supported_isas() -> list[str]:
@@ -65,8 +65,8 @@ def supported_isas() -> list[str]:
     return [name for name in ISAS if _has(name)]
 
 
-def core() -> Any:
-    """The native module; raises BackendError where there is none."""
+def core() -> Core:
+    """The native core; raises BackendError where there is none."""
     if _core is None:
         raise BackendError(f"backend 'cpu': {_reason}")
     return _core
@@ -74,7 +74,7 @@ def core() -> Any:
 
 def _has(name: str) -> bool:
     try:
-        return core().cpu_isa_supported(name)
+        return core().has_isa(name)
     except ValueError:  # not an instruction set of this architecture
         return False
 
@@ -82,11 +82,11 @@ def _has(name: str) -> bool:
 # ---------------------------------------------------------------- forward
 
 
-def _launch(op: str, _: Tensor, *arguments: Any) -> None:
-    getattr(core(), f"cpu_{op}")(*arguments, torch.get_num_threads())
+def _launch(op: str, _: Tensor, *members: Any) -> None:
+    core().run(op, *members)
 
 
-_forward = ForwardOps(NAME, _launch)
+_forward = ForwardOps(NAME, _launch, torch.get_num_threads)
 film, lora = _forward.film, _forward.lora
 
 
@@ -99,9 +99,10 @@ def film_backward(
     dx, dscale, dshift = new_like(x), new_like(scale), new_like(shift)
     grad, points, scale, slots = rows_of(grad), rows_of(x), rows_of(scale), slots.contiguous()
     rows, width = points.shape
-    core().cpu_film_backward(
-        CODES[x.dtype], rows, width, at(grad), at(points), at(scale), slots_of(slots, rows, scale.shape[0]),
-        (dx.data_ptr(), width), (dscale.data_ptr(), width), (dshift.data_ptr(), width), torch.get_num_threads(),
+    core().run(
+        "film_backward", CODES[x.dtype], rows, width, at(grad), at(points), at(scale),
+        slots_of(slots, rows, scale.shape[0]), *((to.data_ptr(), width) for to in (dx, dscale, dshift)),
+        torch.get_num_threads(),
     )  # fmt: skip
     return dx, dscale, dshift
 
@@ -122,8 +123,8 @@ def film_norm_backward(
     points, residual = rows_of(x), rows_of(residual)
     scale, shift, slots, weight = rows_of(scale), rows_of(shift), slots.contiguous(), weight.contiguous()
     rows, width = points.shape
-    core().cpu_film_norm_backward(
-        CODES[x.dtype], rows, width, at(grad_hidden), at(grad_normed), at(points), at(residual),
+    core().run(
+        "film_norm_backward", CODES[x.dtype], rows, width, at(grad_hidden), at(grad_normed), at(points), at(residual),
         (at(scale), at(shift)), slots_of(slots, rows, scale.shape[0]), (weight.data_ptr(), eps),
         (*((to.data_ptr(), width) for to in (dx, dscale, dshift)), dweight.data_ptr()), torch.get_num_threads(),
     )  # fmt: skip
@@ -147,9 +148,9 @@ def lora_backward(
     grads, bs = [rows_of(grad) for grad in grads], [rows_of(b) for b in bs]
     parts = [(*b.shape, at(grad), at(b), at(db)) for grad, b, db in zip(grads, bs, dbs, strict=True)]
     rows, width = points.shape
-    core().cpu_lora_backward(
-        CODES[x.dtype], rows, width, at(points), at(a), modulation_of(gamma, beta),
-        slots_of(slots, rows, gamma.shape[0]), scaling, parts,
+    core().run(
+        "lora_backward", CODES[x.dtype], rows, width, at(points), at(a), modulation_of(gamma, beta),
+        slots_of(slots, rows, gamma.shape[0]), scaling, *array(LoraBackwardPart, parts),
         ((dx.data_ptr(), width), at(da), at(dgamma), at(dbeta)), torch.get_num_threads(),
     )  # fmt: skip
     return dx, da, dbs, dgamma, dbeta
@@ -168,9 +169,10 @@ def context_backward(
     grad = grad.contiguous()
     given = ContextInput.of(pairs, choices, offsets, weights, inner, pooling, heads)
     dpairs, gradients = new_like(pairs), [None if w is None else new_like(w) for w in weights]
-    core().cpu_context_backward(
-        given.group(), grad.data_ptr(), dpairs.data_ptr(), addresses(gradients), torch.get_num_threads()
-    )
+    core().run(
+        "context_backward", given.group(torch.get_num_threads()), grad.data_ptr(), dpairs.data_ptr(),
+        addresses(gradients),
+    )  # fmt: skip
     return dpairs, [gradient for gradient in gradients if gradient is not None]
 
 

@@ -7,7 +7,6 @@ they are checked where they are made.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fssa_fast._native import FOLDER, Cuda
 from fssa_fast.backends import gpus
 from fssa_fast.backends.addresses import CODES
 from fssa_fast.backends.native_ops import ForwardOps
@@ -22,13 +22,13 @@ from fssa_fast.backends.native_ops import ForwardOps
 NAME = "cuda"
 DEVICES: set[str] = set()  # of no device by itself, see above
 
-_core: Any = None
+_core: Cuda | None = None
 _reason: str | None = None
 try:
-    _core = importlib.import_module("fssa_fast._cuda")
-except ImportError as error:
+    _core = Cuda(FOLDER / "_cuda.so")
+except (OSError, ImportError) as error:
     _reason = (
-        f"the CUDA module could not be imported ({error}); `pip install --no-build-isolation .` in a checkout builds "
+        f"fssa_fast/_cuda.so could not be loaded ({error}); `pip install --no-build-isolation .` in a checkout builds "
         "it where torch has CUDA and nvcc is on the PATH"
     )
 
@@ -76,16 +76,17 @@ def _workspace(tensor: Tensor) -> Callable[[int], int]:
     return take
 
 
-_WITH_WORKSPACE = ("lora", "context", "context_rows")
-
-
-def _launch(op: str, tensor: Tensor, *arguments: Any) -> None:
+def _launch(op: str, tensor: Tensor, *members: Any) -> None:
+    assert _core is not None  # or else the backend is unavailable
     with _stream_of(tensor) as stream:
-        workspace = (_workspace(tensor),) if op in _WITH_WORKSPACE else ()
-        getattr(_core, op)(*arguments, *workspace, stream)
+        _core.run(op, stream, _workspace(tensor), *members)
 
 
-_forward = ForwardOps(NAME, _launch)
+def _one_thread() -> int:
+    return 1  # the interface asks for a number, which is not used here
+
+
+_forward = ForwardOps(NAME, _launch, _one_thread)
 film, film_norm, lora, lora_ = _forward.film, _forward.film_norm, _forward.lora, _forward.lora_
 context, context_rows_ = _forward.context, _forward.context_rows_
 

@@ -1,4 +1,4 @@
-"""The forward ops of a native module: makes tensors fit for it, and launches its functions on their addresses."""
+"""The forward ops of a native library: makes tensors fit for it, and launches its functions on their addresses."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fssa_fast._native import LoraPart, array
 from fssa_fast.backends import BackendError
 from fssa_fast.backends.addresses import (
     CODES,
@@ -26,12 +27,13 @@ class ForwardOps:
 
     Args:
         backend: its name, for errors.
-        launch: `launch(op, tensor, *arguments)` calls the module's function of that op with these arguments and what
-            else it takes; tensor says on which device.
+        launch: `launch(op, tensor, *members)` calls the library's function of that op with these members of its struct;
+            tensor says on which device.
+        threads: how many threads may work on a call.
     """
 
-    def __init__(self, backend: str, launch: Callable[..., None]) -> None:
-        self._backend, self._launch = backend, launch
+    def __init__(self, backend: str, launch: Callable[..., None], threads: Callable[[], int]) -> None:
+        self._backend, self._launch, self._threads = backend, launch, threads
 
     def film(self, x: Tensor, scale: Tensor, shift: Tensor, slots: Tensor) -> Tensor:
         """As the op."""
@@ -39,7 +41,7 @@ class ForwardOps:
         rows, width = points.shape
         self._launch(
             "film", x, CODES[x.dtype], rows, width, at(points), (at(scale), at(shift)),
-            slots_of(slots, rows, scale.shape[0]), (y.data_ptr(), width),
+            slots_of(slots, rows, scale.shape[0]), (y.data_ptr(), width), self._threads(),
         )  # fmt: skip
         return y
 
@@ -53,7 +55,7 @@ class ForwardOps:
         self._launch(
             "film_norm", x, CODES[x.dtype], rows, width, at(points), at(residual), (at(scale), at(shift)),
             slots_of(slots, rows, scale.shape[0]), (weight.data_ptr(), eps), (hidden.data_ptr(), width),
-            (normed.data_ptr(), width),
+            (normed.data_ptr(), width), self._threads(),
         )  # fmt: skip
         return hidden, normed
 
@@ -78,7 +80,7 @@ class ForwardOps:
         rows, width = points.shape
         self._launch(
             "lora", x, CODES[x.dtype], rows, width, at(points), at(a), modulation_of(gamma, beta),
-            slots_of(slots, rows, gamma.shape[0]), scaling, parts,
+            slots_of(slots, rows, gamma.shape[0]), scaling, *array(LoraPart, parts), self._threads(),
         )  # fmt: skip
 
     def lora(
@@ -128,7 +130,7 @@ class ForwardOps:
         """As the op."""
         given = ContextInput.of(pairs, choices, offsets, weights, inner, pooling, heads)
         encoded = pairs.new_empty(given.users, given.encoder[2])
-        self._launch("context", pairs, given.group(), encoded.data_ptr())
+        self._launch("context", pairs, given.group(self._threads()), encoded.data_ptr())
         return encoded
 
     def context_rows_(
@@ -156,8 +158,8 @@ class ForwardOps:
         table = rows_of(bank)
         rows = CODES[bank.dtype], at(table), table.shape[1], slots_of(slots, slots.numel(), table.shape[0])
         self._launch(
-            "context_rows", pairs, given.group(), rows,
-            (*addresses([modulation, modulation_bias, noise]), latents.data_ptr()),
+            "context_rows", pairs, given.group(self._threads()), *rows,
+            *addresses([modulation, modulation_bias, noise, latents]),
         )  # fmt: skip
         if table.data_ptr() != bank.data_ptr():
             bank.copy_(table)

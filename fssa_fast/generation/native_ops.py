@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fssa_fast._native import AdaptPart, Core, array
 from fssa_fast.backends.addresses import CODES, addresses, at, modulation_of, slots_of
 from fssa_fast.generation.block_ops import (
     ACTIVATIONS,
@@ -29,7 +30,7 @@ class NativeOps:
     capturable = False
     cache_block = BLOCK
 
-    def __init__(self, core: Any) -> None:
+    def __init__(self, core: Core) -> None:
         self._core = core
 
     def pack(self, weight: Tensor) -> Packed:
@@ -47,7 +48,7 @@ class NativeOps:
             CODES[x.dtype], len(x), weight.width, weight.outputs, at(x), weight.data.data_ptr(),
             0 if bias is None else bias.data_ptr(), at(y), torch.get_num_threads(),
         )  # fmt: skip
-        return self._call(self._core.cpu_linear, args, x, weight, bias, y)
+        return self._call("linear", args, x, weight, bias, y)
 
     def adapt(self, parts: Sequence[Expansion], slots: Tensor) -> Step:
         listed = [
@@ -59,13 +60,14 @@ class NativeOps:
         ]  # fmt: skip
         code, rows = CODES[parts[0].y.dtype], len(parts[0].y)
         where = slots_of(slots, len(slots), len(parts[0].gamma))
-        return self._call(self._core.cpu_adapt, (code, rows, where, listed, torch.get_num_threads()), parts, slots)
+        args = code, rows, where, *array(AdaptPart, listed), torch.get_num_threads()
+        return self._call("adapt", args, parts, slots)
 
     def gate(self, activation: str, gate: Tensor, up: Tensor, y: Tensor) -> Step:
         args = (
             CODES[y.dtype], ACTIVATIONS.index(activation), *y.shape, at(gate), at(up), at(y), torch.get_num_threads(),
         )  # fmt: skip
-        return self._call(self._core.cpu_gate, args, gate, up, y)
+        return self._call("gate", args, gate, up, y)
 
     def film_norm(self, given: FilmNorm) -> Step:
         x, scale, slots = given.x, given.scale, given.slots
@@ -74,7 +76,7 @@ class NativeOps:
             slots_of(slots, len(slots), len(scale)), (given.weight.data_ptr(), given.eps), at(given.hidden),
             at(given.normed), torch.get_num_threads(),
         )  # fmt: skip
-        return self._call(self._core.cpu_film_norm, args, given)
+        return self._call("film_norm", args, given)
 
     def attention(
         self, settings: AttentionSettings, given: AttentionInputs, cache: BlockCache, layer: int, out: Tensor
@@ -88,12 +90,13 @@ class NativeOps:
         blocks = keys.data_ptr(), values.data_ptr(), len(keys), table.data_ptr(), *table.shape
         scores = s.scale, s.softcap, s.window
         args = CODES[out.dtype], heads, tokens, rotary, blocks, scores, at(out), torch.get_num_threads()
-        return self._call(self._core.cpu_attention, args, s, given, cache, out)
+        return self._call("attention", args, s, given, cache, out)
 
-    @staticmethod
-    def _call(function: Callable[..., None], args: tuple[Any, ...], *tensors: Any) -> Step:
+    def _call(self, op: str, members: tuple[Any, ...], *tensors: Any) -> Step:
         # The core gets addresses: what lies there lives as long as the step.
+        call = self._core.prepare(op, *members)
+
         def run(tensors: tuple[Any, ...] = tensors) -> None:
-            function(*args)
+            call()
 
         return run

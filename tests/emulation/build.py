@@ -1,4 +1,4 @@
-"""Builds csrc/cuda for the emulation: a module like fssa_fast._cuda, under AddressSanitizer and UBSan."""
+"""Builds csrc/cuda for the emulation: a library like fssa_fast/_cuda.so, under AddressSanitizer and UBSan."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import hashlib
 import os
 import shutil
 import subprocess
-import sysconfig
 import tempfile
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -27,10 +26,6 @@ def missing() -> str | None:
     """Why nothing can be built here, or None."""
     if shutil.which("g++") is None:
         return "g++ is not installed"
-    try:
-        import pybind11  # noqa: F401
-    except ImportError:
-        return "pybind11 is not installed"
     with tempfile.TemporaryDirectory() as folder:
         program = [*SANITIZERS, "-x", "c++", "-", "-o", f"{folder}/try"]
         tried = subprocess.run(["g++", *program], input="int main() {}", capture_output=True, text=True)
@@ -59,13 +54,11 @@ def _object(source: Path, folder: Path, cuda: Path, options: list[str]) -> Path:
 def build(
     planted: Mapping[str, tuple[str, str]] | None = None, only: tuple[str, ...] = (), sanitized: bool = True
 ) -> Path:
-    """The path of the module. `planted` changes the text of a file of csrc/cuda: {name: (old, new)}, old once in it.
+    """The path of the library. `planted` changes the text of a file of csrc/cuda: {name: (old, new)}, old once in it.
 
-    With `only`, the change is compiled into these sources alone and the others stay what they are. A module that is not
-    `sanitized` needs no environment of its own.
+    With `only`, the change is compiled into these sources alone and the others stay what they are. A library that is
+    not `sanitized` needs no environment of its own.
     """
-    import pybind11
-
     CACHE.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE) as temporary, open(CACHE / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one builds, others find what it built
@@ -81,27 +74,25 @@ def build(
                     raise ValueError(f"{name}: expected {old!r} once, found it {text.count(old)} times")
                 (changed / name).write_text(text.replace(old, new))
         checked = ["-O1", *SANITIZERS] if sanitized else ["-O2"]
-        python = ["-O0", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
         folders = {name: changed if not only or name in only else CUDA for name in ("film", "lora", "context")}
         jobs = [
             *((folder / f"{name}.cu", folder, checked) for name, folder in folders.items()),
             (HERE / "emulation.cpp", CUDA, checked),
             (ROOT / "csrc" / "status.cpp", CUDA, checked),
-            (CUDA / "bindings.cpp", CUDA, python),
         ]
         with ThreadPoolExecutor(2) as pool:
             objects = list(pool.map(lambda job: _object(job[0], CACHE, *job[1:]), jobs))
         key = hashlib.sha256(" ".join(map(str, objects)).encode()).hexdigest()[:16]
-        module = CACHE / f"_cuda-{key}.so"
-        if not module.exists():
-            part = module.with_suffix(f".{os.getpid()}")
+        library = CACHE / f"_cuda-{key}.so"
+        if not library.exists():
+            part = library.with_suffix(f".{os.getpid()}")
             run("g++", *(SANITIZERS if sanitized else ()), "-shared", *objects, "-o", part)
-            part.rename(module)
-    return module
+            part.rename(library)
+    return library
 
 
 def environment() -> dict[str, str]:
-    """What a process needs in which the module is loaded: the sanitizers first, fresh memory full of NaNs."""
+    """What a process needs in which the library is loaded: the sanitizers first, fresh memory full of NaNs."""
     libraries = [
         subprocess.run(["g++", f"-print-file-name={name}"], check=True, capture_output=True, text=True).stdout.strip()
         for name in ("libasan.so", "libubsan.so", "libstdc++.so")

@@ -1,5 +1,4 @@
-"""Builds the native core with its avx512_bf16 set in terms of avx512.h, and puts it in the
-place of fssa_fast._C: `pytest -p emulation.cpu` with FSSA_MODELLED naming the module.
+"""Builds the native core with its avx512_bf16 set in terms of avx512.h, to be loaded by FSSA_CORE.
 
 Besides that set it has the scalar one. Of the ops those of decoding are modelled; the others are the scalar set's.
 """
@@ -8,10 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import importlib.util
 import os
-import sys
-import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -39,11 +35,8 @@ namespace fssa {{ namespace avx512_bf16 {{
 
 
 def build(sanitized: bool) -> Path:
-    """The path of the module; one that is not sanitized is made sooner and needs no environment of its own."""
-    import pybind11
-
+    """The path of the library; one that is not sanitized is made sooner and needs no environment of its own."""
     checked = ["-O1", *SANITIZERS] if sanitized else ["-O0"]
-    python = ["-O0", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
     scalar = ["-DFSSA_ISA=scalar", *checked]
     model = [
         "-DFSSA_ISA=avx512_bf16", "-mavx2", "-mfma", "-mf16c", "-include", str(HERE / "avx512.h"), *checked,
@@ -60,17 +53,16 @@ def build(sanitized: bool) -> Path:
             (SOURCES / "cpu" / "dispatch.cpp", [*DISPATCH, *checked]),
             (SOURCES / "cpu" / "parallel.cpp", checked),
             (SOURCES / "status.cpp", checked),
-            (SOURCES / "bindings.cpp", python),
         ]
         with ThreadPoolExecutor(2) as pool:
             objects = list(pool.map(lambda job: _object(*job), jobs))
         key = hashlib.sha256(" ".join(map(str, objects)).encode()).hexdigest()[:16]
-        module = CACHE / f"_C-{key}.so"
-        if not module.exists():
-            part = module.with_suffix(f".{os.getpid()}")
+        library = CACHE / f"_C-{key}.so"
+        if not library.exists():
+            part = library.with_suffix(f".{os.getpid()}")
             run("g++", *checked, "-shared", *objects, "-ldl", "-lpthread", "-o", part)
-            part.rename(module)
-    return module
+            part.rename(library)
+    return library
 
 
 def _object(source: Path, options: list[str]) -> Path:
@@ -84,10 +76,3 @@ def _object(source: Path, options: list[str]) -> Path:
         run("g++", *FLAGS, *options, "-c", source, "-o", part)
         part.rename(to)
     return to
-
-
-if "FSSA_MODELLED" in os.environ:
-    spec = importlib.util.spec_from_file_location("fssa_fast._C", os.environ["FSSA_MODELLED"])
-    assert spec is not None and spec.loader is not None
-    sys.modules["fssa_fast._C"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules["fssa_fast._C"])

@@ -8,13 +8,12 @@ and what was wrong or null.
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import json
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import ModuleType
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from cases import columns, context_args, film_args, film_norm_args, lora_args, n
 from tolerances import check_parity
 from torch import Tensor
 
+from fssa_fast._native import Cuda
 from fssa_fast.backends import cuda
 from fssa_fast.ops.context import context_reference, context_rows_reference_
 from fssa_fast.ops.film import film_norm_reference, film_reference
@@ -65,17 +65,13 @@ class Device:
 
 
 def load(path: str) -> Emulation:
-    """Puts the module in the backend's place, where it takes CPU tensors."""
-    spec = importlib.util.spec_from_file_location("fssa_fast._cuda", path)
-    assert spec is not None and spec.loader is not None
-    module: ModuleType = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    """Puts the library in the backend's place, where it takes CPU tensors."""
 
     @contextmanager
     def no_stream(tensor: Tensor) -> Iterator[int]:
         yield 0
 
-    cuda._core, cuda._stream_of = module, no_stream
+    cuda._core, cuda._stream_of = Cuda(Path(path)), no_stream
     return Emulation(path)
 
 
