@@ -22,12 +22,13 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache
+from functools import cache, partial
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 logger = logging.getLogger("fssa_fast")
 
@@ -139,6 +140,10 @@ def register_op(
     _references[op] = reference
 
     def run(*args: Any) -> Any:
+        device = _first_tensor(args).device.type
+        if torch.is_autocast_enabled(device):  # the dtypes were chosen where the op was called
+            with torch.autocast(device, enabled=False):
+                return run(*args)
         check(*args)
         name = chosen_backend()
         if name == "auto":
@@ -153,3 +158,21 @@ def register_op(
 
     library.impl(op, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fssa::{op}", run_fake, lib=library)
+    if not op.endswith("_"):
+        torch.library.register_vmap(f"fssa::{op}", partial(_vmap, getattr(torch.ops.fssa, op)), lib=library)
+
+
+def _vmap(op: Callable[..., Any], info: Any, dims: Any, *args: Any) -> tuple[Any, Any]:
+    """An op under torch.func.vmap: called once for every element of the dimension that is mapped over."""
+
+    def element(value: Any, dim: Any, index: int) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [element(v, d, index) for v, d in zip(value, dim, strict=True)]
+        return value if dim is None else value.select(dim, index)
+
+    results = [
+        op(*(element(value, dim, index) for value, dim in zip(args, dims, strict=True)))
+        for index in range(info.batch_size)
+    ]
+    stacked = tree_map(lambda *tensors: torch.stack(tensors), *results)
+    return stacked, tree_map(lambda _: 0, stacked)

@@ -147,6 +147,9 @@ class ContextEncoder(nn.Module):
 
         Semantics, arguments and errors: as `fssa_fast.ops.context`.
         """
+        if torch.is_autocast_enabled(pairs.device.type):
+            with torch.autocast(pairs.device.type, enabled=False):  # in the encoder's own dtype, dropout or not
+                return self(pairs.to(self.inner0.weight.dtype), choices, offsets)
         check_tensor("pairs", pairs, (None, 2, self.embedding_width), self.inner0.weight)
         weights, kind = self.weights(), (self.inner_kind, self.pooling, self.heads)
         if self.training and self.dropout > 0 and self.pooling == "self-attention":

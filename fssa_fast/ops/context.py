@@ -26,7 +26,7 @@ from fssa_fast.arguments import (
     check_written,
 )
 from fssa_fast.backends import register_op
-from fssa_fast.ops._common import library, needs_grad
+from fssa_fast.ops._common import autocast_dtype, cast, library, needs_grad
 
 # ---------------------------------------------------------------- definition
 
@@ -245,11 +245,17 @@ register_op(library, "context_backward", context_backward_reference, _check_cont
 
 
 class _Context(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, pairs, choices, offsets, inner, pooling, heads, *weights):
-        ctx.save_for_backward(pairs, choices, offsets, *weights)
-        ctx.kind = (inner, pooling, heads)
+    def forward(pairs, choices, offsets, inner, pooling, heads, *weights):
         return torch.ops.fssa.context(pairs, choices, offsets, list(weights), inner, pooling, heads)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pairs, choices, offsets, *kind = inputs[:6]
+        ctx.save_for_backward(pairs, choices, offsets, *inputs[6:])
+        ctx.kind = tuple(kind)
 
     @staticmethod
     def backward(ctx, grad):
@@ -289,9 +295,14 @@ def context(
         inner: "linear" or "mlp". pooling: "self-attention" (summed over the pairs), "mean" or "sum".
         heads: of the attention; divides H.
 
+    Under autocast it runs in float32, as torch's softmax and sums do.
+
     Returns: [U, Z]; Z = H, or 2H (mean and s of the latent, deviation softplus(s)).
     Raises: ValueError, TypeError naming the argument.
     """
+    if autocast_dtype(pairs) is not None:
+        pairs, *cast_weights = cast(torch.float32, pairs, *weights)
+        weights = ContextWeights(*cast_weights)
     if needs_grad(pairs, *weights):
         return _Context.apply(pairs, choices, offsets, inner, pooling, heads, *weights)
     return torch.ops.fssa.context(pairs, choices, offsets, list(weights), inner, pooling, heads)
@@ -329,6 +340,11 @@ def context_rows_(
     """
     if needs_grad(bank, pairs, modulation, modulation_bias, *weights):
         raise RuntimeError("context_rows_: writes in place and is not differentiable; use context, or torch.no_grad()")
+    if autocast_dtype(pairs) is not None:
+        pairs, modulation, modulation_bias, noise, *cast_weights = cast(
+            torch.float32, pairs, modulation, modulation_bias, noise, *weights
+        )
+        weights = ContextWeights(*cast_weights)
     return torch.ops.fssa.context_rows_(
         bank, slots, pairs, choices, offsets, list(weights), modulation, modulation_bias, noise, inner, pooling, heads
     )

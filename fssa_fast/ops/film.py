@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fssa_fast.arguments import check_slot_range, check_slots, check_tensor
 from fssa_fast.backends import register_op
-from fssa_fast.ops._common import gather_rows, library, needs_grad
+from fssa_fast.ops._common import autocast_dtype, cast_to_widest, gather_rows, library, needs_grad
 
 # ---------------------------------------------------------------- definition
 
@@ -134,10 +134,15 @@ register_op(
 
 
 class _Film(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, x, scale, shift, slots):
-        ctx.save_for_backward(x, scale, shift, slots)
+    def forward(x, scale, shift, slots):
         return torch.ops.fssa.film(x, scale, shift, slots)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx, grad):
@@ -145,11 +150,16 @@ class _Film(torch.autograd.Function):
 
 
 class _FilmNorm(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, x, residual, scale, shift, slots, weight, eps):
-        ctx.save_for_backward(x, residual, scale, shift, slots, weight)
-        ctx.eps = eps
+    def forward(x, residual, scale, shift, slots, weight, eps):
         return torch.ops.fssa.film_norm(x, residual, scale, shift, slots, weight, eps)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.eps = inputs
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx, grad_hidden, grad_normed):
@@ -172,9 +182,13 @@ def film(x: Tensor, *, scale: Tensor, shift: Tensor, slots: Tensor) -> Tensor:
         scale, shift: modulations [S, D] of x's dtype; columns of a bank of users, so rows may be strided.
         slots: int32 or int64, [B] (one a row) or x.shape[:-1] (one a token), values in [0, S).
 
+    Under autocast the arguments promote to one dtype, as torch's elementwise ops do.
+
     Returns: a new tensor like x. A row whose scale and shift are zero equals x bit for bit.
     Raises: ValueError, TypeError naming the argument; IndexError for a slot outside [0, S).
     """
+    if autocast_dtype(x) is not None:
+        x, scale, shift = cast_to_widest(x, scale, shift)
     if needs_grad(x, scale, shift):
         return _Film.apply(x, scale, shift, slots)
     return torch.ops.fssa.film(x, scale, shift, slots)
@@ -194,9 +208,13 @@ def film_norm(
         weight: [D], of x's dtype (for norms that multiply by 1 + w, pass 1 + w).
         eps: added to the mean square, > 0.
 
+    Under autocast as `film`.
+
     Returns: (hidden, normed), both like x.
     Raises: as `film`.
     """
+    if autocast_dtype(x) is not None:
+        x, residual, scale, shift, weight = cast_to_widest(x, residual, scale, shift, weight)
     if needs_grad(x, residual, scale, shift, weight):
         return _FilmNorm.apply(x, residual, scale, shift, slots, weight, eps)
     return torch.ops.fssa.film_norm(x, residual, scale, shift, slots, weight, eps)

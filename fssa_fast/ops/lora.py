@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fssa_fast.arguments import check_slot_range, check_slots, check_tensor, check_written
 from fssa_fast.backends import register_op
-from fssa_fast.ops._common import gather_rows, library, needs_grad
+from fssa_fast.ops._common import autocast_dtype, cast, gather_rows, library, needs_grad
 
 # ---------------------------------------------------------------- definition
 
@@ -145,12 +145,17 @@ register_op(library, "lora_backward", lora_backward_reference, _check_lora_backw
 
 
 class _Lora(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, x, a, gamma, beta, slots, scaling, count, *tensors):
+    def forward(x, a, gamma, beta, slots, scaling, count, *tensors):
         ys, bs = tensors[:count], tensors[count:]
-        ctx.save_for_backward(x, a, gamma, beta, slots, *bs)
-        ctx.scaling = scaling
         return tuple(torch.ops.fssa.lora(x, list(ys), a, list(bs), gamma, beta, slots, scaling))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, a, gamma, beta, slots, ctx.scaling, count, *tensors = inputs
+        ctx.save_for_backward(x, a, gamma, beta, slots, *tensors[count:])
 
     @staticmethod
     def backward(ctx, *grads):
@@ -191,9 +196,15 @@ def lora(
         slots: int32 or int64, [B] (one a row) or x.shape[:-1] (one a token), values in [0, S).
         scaling: alpha / R.
 
+    Under autocast all of them are cast to its dtype, as for torch's Linear.
+
     Returns: new tensors like ys. Products accumulate in float32. A row whose gamma and beta are zero equals ys.
     Raises: ValueError, TypeError naming the argument; IndexError for a slot outside [0, S).
     """
+    dtype = autocast_dtype(x)
+    if dtype is not None:
+        x, a, gamma, beta = cast(dtype, x, a, gamma, beta)
+        ys, bs = cast(dtype, *ys), cast(dtype, *bs)
     if needs_grad(x, a, gamma, beta, *ys, *bs):
         return list(_Lora.apply(x, a, gamma, beta, slots, scaling, len(ys), *ys, *bs))
     return torch.ops.fssa.lora(x, list(ys), a, list(bs), gamma, beta, slots, scaling)
@@ -213,4 +224,6 @@ def lora_(
     """`lora`, in place into ys; for inference: raises RuntimeError where autograd would have to record it."""
     if needs_grad(x, a, gamma, beta, *ys, *bs):
         raise RuntimeError("lora_: works in place and is not differentiable; use lora, or torch.no_grad()")
+    if autocast_dtype(x) is not None and ys:  # what is written keeps its dtype
+        x, a, gamma, beta, *bs = cast(ys[0].dtype, x, a, gamma, beta, *bs)
     torch.ops.fssa.lora_(x, list(ys), a, list(bs), gamma, beta, slots, scaling)
