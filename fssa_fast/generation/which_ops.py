@@ -69,7 +69,7 @@ def _ops_of(name: str, device: torch.device, dtype: torch.dtype, head_width: int
         reason = f"tensors on {device} are not taken"
     elif dtype not in CODES:
         reason = f"dtype {dtype} is not taken"
-    if reason is not None:
+    if core is None or reason is not None:
         raise BackendError(reason)
     return NativeOps(core)
 
