@@ -77,7 +77,7 @@ vllm: $(VLLM:%=build/vllm-%/ready)
 vllm-test: vllm
 	set -e; for version in $(VLLM); do \
 	    TRITON_INTERPRET=0 build/vllm-$$version/bin/python -m pytest -q tests/vllm $(PYTEST_ARGS); done
-	FSSA_VLLM_RUNNER=2 build/vllm-0.32/bin/python -m pytest -q tests/vllm -k 'mixed and eager and Llama' $(PYTEST_ARGS)
+	FSSA_VLLM_RUNNER=2 build/vllm-0.32/bin/python -m pytest -q tests/vllm -k 'mixed and eager' $(PYTEST_ARGS)
 
 proof: $(READY)
 	$(PYTHON) tests/proof.py
