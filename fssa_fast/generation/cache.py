@@ -41,7 +41,8 @@ class BlockCache:
         self._keys, self._values = new(), new()
         self._shape = self.blocks, kv_heads, head_width
         self._size = self.blocks * size
-        self.table = torch.zeros(sequences, across, dtype=torch.int32, device=device)
+        self._rows = torch.zeros(sequences, across, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self.table = self._rows.to(device)  # the same memory on the CPU
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """A model block's keys [N, kv_heads, head_width, B] and values [N, kv_heads, B, head_width]."""
@@ -63,5 +64,8 @@ class BlockCache:
 
     def assign(self, sequence: int, blocks: list[int]) -> None:
         """Lets a sequence have these blocks, in the order of its positions; the rest of its row names block 0."""
-        row = blocks + [0] * (self.table.shape[1] - len(blocks))
-        self.table[sequence] = torch.tensor(row, dtype=torch.int32)
+        row = self._rows[sequence]
+        row.numpy()[: len(blocks)] = blocks
+        row.numpy()[len(blocks) :] = 0
+        if self.table is not self._rows:
+            self.table[sequence].copy_(row, non_blocking=True)

@@ -411,30 +411,29 @@ class Engine:
 
     def _admit(self) -> None:
         """Lets waiting requests join, users in turn, as long as there are rows and blocks for them."""
-        joined = True
-        while joined and not self._running.full and self._waiting:
-            joined = False
+        later: set[Request] = set()
+        while self._waiting and not self._running.full:
             with self._state:
-                first = self._waiting.first()
-            for request in first:
-                if self._running.full:
+                request = self._waiting.first(later)
+            if request is None:
+                return
+            try:
+                met = self._running.admit(request)
+                if met == "no room":
                     return
-                try:
-                    met = self._running.admit(request)
-                    if met == "no room":
-                        return
-                    if met == "joined":
-                        joined = True
-                        with self._state:
-                            self._waiting.take(request)
-                        self._sampler.assign(
-                            request.row, request.sampling, request.seed, request.tokens, request.prompt_length,
-                            request.matcher is not None,
-                        )  # fmt: skip
-                except torch.AcceleratorError:
-                    raise
-                except Exception as error:
-                    self._fail(request, error)
+                if met == "later":
+                    later.add(request)
+                    continue
+                with self._state:
+                    self._waiting.take(request)
+                self._sampler.assign(
+                    request.row, request.sampling, request.seed, request.tokens, request.prompt_length,
+                    request.matcher is not None,
+                )  # fmt: skip
+            except torch.AcceleratorError:
+                raise
+            except Exception as error:
+                self._fail(request, error)
 
     def _put_back(self, request: Request) -> None:
         with self._state:
@@ -442,14 +441,15 @@ class Engine:
 
     def _serve(self, batch: Batch) -> None:
         """Computes the batch's tokens, and the next one of every request that has no more to compute."""
-        if not len(batch.tokens[0]):
+        if not len(batch.decoding) and not batch.pieces:
             return
         with self._fused.turn:  # other engines of this policy have the same buffers, and the logits are in them
             logits = self._fused.forward(*batch.tokens, self._cache, batch.indices)
             self._running.computed(batch)
             tokens = self._draw(batch, logits) if len(batch.asked) else []
+        requests = self._running.requests
         for row, token in zip(batch.asked.tolist(), tokens, strict=True):
-            request = self._running.requests[row]
+            request = requests[row]
             if request is None:
                 continue
             try:

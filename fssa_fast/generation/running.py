@@ -46,20 +46,25 @@ class Running:
         self.pool = BlockPool(cache.blocks)
         self.requests: list[Request | None] = [None] * rows
         self.preempted = 0  # how often a request was put back
-        self.next_ids = np.zeros(rows, dtype=np.int32)  # of the rows that decode
         self._cache, self._block, self._device = cache, cache.block, device
         self._step_tokens, self._put_back, self._fail = step_tokens, put_back, fail
         self._free = list(range(rows - 1, -1, -1))
-        self._slots = np.zeros(rows, dtype=np.int32)
-        self._positions = np.zeros(rows, dtype=np.int32)  # of the token that is computed next
+        # Of the rows that decode: the token that is computed next, its slot, row and position.
+        self._next = np.zeros((4, rows), dtype=np.int32)
+        self._next[2] = np.arange(rows)
+        self.next_ids, self._slots, _, self._positions = self._next
         self._decoding: dict[int, Request] = {}
         self._decoding_rows: np.ndarray | None = None
         self._prompts: dict[Request, None] = {}
         self._promised: set[bytes] = set()  # keys of blocks that are being computed
         self._turns: dict[tuple[str, ...], int] = {}  # when a user's prompt was computed last
         self._steps = 0
+        self._full: list[int] = []  # rows whose next token begins a block
         self._buffer = torch.zeros(4, step_tokens, dtype=torch.int32, pin_memory=device.type == "cuda")
         self._staged = self._buffer.numpy()
+        self._on_device = self._buffer.to(device)  # the same memory on the CPU
+        self._sent = torch.cuda.Event() if device.type == "cuda" else None  # after a step's copies to the device
+        self._last: Batch | None = None  # served again as long as the same rows decode, and nothing else comes
 
     def __len__(self) -> int:
         return len(self.requests) - len(self._free)
@@ -115,13 +120,16 @@ class Running:
 
     def plan(self) -> Batch:
         """The next step, with the blocks that it needs: all that decode, and prompts, whose users take turns."""
-        rows = self._rows()
-        for row in rows[self._positions[rows] % self._block == 0].tolist():
+        if self._sent is not None:
+            self._sent.synchronize()  # the last step's copies may yet read what this one writes, where nobody waited
+        for row in self._full:
             if row in self._decoding:  # if it has not just been put back
                 self._extend(self._decoding[row], self._positions[row] // self._block + 1)
         pieces: list[tuple[Request, int]] = []
         left = self._step_tokens - len(self._decoding)
         self._steps += 1
+        if not self._prompts:
+            return self._stage(pieces)
         for request in sorted(self._prompts, key=lambda r: (self._turns.get(r.user, 0), r.order)):
             count = min(left, len(request.tokens) - request.computed)
             if count == 0:
@@ -135,8 +143,10 @@ class Running:
     def computed(self, batch: Batch) -> None:
         """Makes the blocks known that a step has filled; prompts that are complete decode from now on."""
         rows, block = batch.decoding, self._block
-        self._positions[rows] += 1
-        for row in rows[self._positions[rows] % block == 0].tolist():
+        positions = self._positions[rows] + 1
+        self._positions[rows] = positions
+        self._full = rows[positions % block == 0].tolist()
+        for row in self._full:
             self._learn(self._decoding[row], self._positions[row] // block - 1, self._positions[row] // block)
         for request, count in batch.pieces:
             first = request.computed // block
@@ -147,6 +157,8 @@ class Running:
                 self._decoding[request.row] = request
                 self._decoding_rows = None
                 self._slots[request.row], self._positions[request.row] = request.slot, request.computed
+                if request.computed % block == 0:
+                    self._full.append(request.row)
 
     def _rows(self) -> np.ndarray:
         if self._decoding_rows is None:
@@ -186,10 +198,13 @@ class Running:
     def _stage(self, pieces: list[tuple[Request, int]]) -> Batch:
         rows = self._rows()
         n = len(rows)
+        np.take(self._next, rows, axis=1, out=self._staged[:, :n], mode="clip")
+        if not pieces:
+            if self._last is None or self._last.decoding is not rows:
+                self._last = Batch(self._tokens(n), rows, pieces, rows, self._staged[3, :n], None)
+            self._send(n)
+            return self._last
         ids, slots, sequences, positions = self._staged
-        ids[:n], slots[:n], sequences[:n], positions[:n] = self.next_ids[rows], self._slots[rows], rows, (
-            self._positions[rows]
-        )  # fmt: skip
         last = list(range(n))
         for request, count in pieces:
             start = request.computed
@@ -199,12 +214,22 @@ class Running:
             n += count
             if start + count == len(request.tokens):
                 last.append(n - 1)
-        staged = self._buffer[:, :n].to(self._device, non_blocking=True)
+        self._send(n)
         return Batch(
-            (staged[0], staged[1], staged[2], staged[3]),
+            self._tokens(n),
             rows,
             pieces,
-            sequences[last] if pieces else rows,
-            positions[last] if pieces else positions[:n].copy(),
+            sequences[last],
+            positions[last],
             torch.tensor(last, dtype=torch.int64, device=self._device) if len(last) < n else None,
         )
+
+    def _tokens(self, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        ids, slots, sequences, positions = self._on_device[:, :n].unbind()
+        return ids, slots, sequences, positions
+
+    def _send(self, n: int) -> None:
+        if self._on_device is not self._buffer:
+            self._on_device[:, :n].copy_(self._buffer[:, :n], non_blocking=True)
+        if self._sent is not None:
+            self._sent.record()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Container
 
 from fssa_fast.generation.requests import Request
 
@@ -45,9 +46,9 @@ class Waiting:
         self._lines[request.user].move_to_end(request, last=False)
         self._lines.move_to_end(request.user, last=False)
 
-    def first(self) -> list[Request]:
-        """The first request of each user, in the order of their turns."""
-        return [next(iter(line)) for line in self._lines.values()]
+    def first(self, passed: Container[Request] = ()) -> Request | None:
+        """The first request of the user whose turn it is, users aside whose first one has been passed over."""
+        return next((first for line in self._lines.values() if (first := next(iter(line))) not in passed), None)
 
     def take(self, request: Request) -> None:
         """Takes a request out; its user's turn is over."""
