@@ -16,6 +16,8 @@ class BlockCache:
     names it.
     """
 
+    shares_prefixes = True  # a block may be in the rows of several sequences that begin alike
+
     def __init__(
         self,
         layers: int,
@@ -69,3 +71,6 @@ class BlockCache:
         row.numpy()[len(blocks) :] = 0
         if self.table is not self._rows:
             self.table[sequence].copy_(row, non_blocking=True)
+
+    def release(self, sequence: int) -> None:
+        """Nothing: the row of a sequence that has ended stays until another one's is written."""

@@ -23,7 +23,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from numbers import Integral, Real
 from typing import Any, Unpack
@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from fssa_fast.arguments import check_count
+from fssa_fast.generation.attached import AttachedModel
 from fssa_fast.generation.fused import FusedModel
 from fssa_fast.generation.grammars import Grammar, GrammarTokens
 from fssa_fast.generation.prompts import Message, prompt_ids, told
@@ -60,13 +61,14 @@ class Engine:
     """Serves requests of many users in one batch. Made by `SteerablePolicy.engine`.
 
     Args:
-        policy: whose users are served. fused: its fused form.
+        policy: whose users are served. fused: its fused form; or the attached one, which serves a row at a time.
         max_rows: how many requests run at once.
         max_tokens: tokens in the cache, of all requests together, rounded up to its blocks: of 32, or 256 with
             flash-attn.
         max_length: tokens of one request, prompt and answer; None: as many as the cache or the model has room for.
         max_waiting: how many requests may wait beside those that run. max_waiting_per_user: and how many of one user.
         step_tokens: at most so many tokens a step: prompts beyond it are computed in pieces while others decode.
+        ends: tokens that end an answer; None takes those of the model's generation configuration.
         background: True runs the steps in a thread of the engine's own, started by the first request. False runs
             them in the thread that calls `step`, `run`, or waits for a result.
 
@@ -80,7 +82,7 @@ class Engine:
     def __init__(
         self,
         policy: Steered,
-        fused: FusedModel,
+        fused: FusedModel | AttachedModel,
         *,
         max_rows: int = 32,
         max_tokens: int = 16384,
@@ -88,6 +90,7 @@ class Engine:
         max_waiting: int = 1024,
         max_waiting_per_user: int = 128,
         step_tokens: int = 256,
+        ends: Collection[int] | None = None,
         background: bool = True,
     ) -> None:
         check_count("max_rows", max_rows)
@@ -97,8 +100,8 @@ class Engine:
         check_count("step_tokens", step_tokens)
         if step_tokens < max_rows:
             raise ValueError(f"step_tokens: expected at least max_rows, {max_rows}, got {step_tokens}")
-        blocks = -(-max_tokens // fused.ops.cache_block)
-        room = min(fused.max_positions, blocks * fused.ops.cache_block)
+        blocks = -(-max_tokens // fused.cache_block)
+        room = min(fused.max_positions, blocks * fused.cache_block)
         self.max_length = room if max_length is None else max_length
         if not 0 < self.max_length <= room:
             raise ValueError(
@@ -106,10 +109,10 @@ class Engine:
             )
         self.max_rows, self.step_tokens, self.background = max_rows, step_tokens, background
         self._policy, self._fused = policy, fused
-        self._cache = fused.new_cache(max_rows, self.max_length, blocks)
+        self._cache: Any = fused.new_cache(max_rows, self.max_length, blocks)  # the form's own kind
         self._sampler = Sampler(max_rows, fused.vocabulary, self.max_length, fused.device)
         self._running = Running(self._cache, max_rows, step_tokens, fused.device, self._put_back, self._fail)
-        self._ends = _end_tokens(policy)
+        self._ends = _end_tokens(policy) if ends is None else set(ends)
         self._grammars = GrammarTokens(policy.tokenizer, fused.vocabulary, sorted(self._ends))
         self._orders = itertools.count()
         self._state = threading.Condition()  # guards waiting, open, deadlines, closed, broken and the thread

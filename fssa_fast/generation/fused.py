@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fssa_fast.backends import chosen_backend
 from fssa_fast.generation.block_ops import (
     ACTIVATIONS,
     AttentionInputs,
@@ -110,7 +111,7 @@ class FusedModel:
         self._adapters_version = sum(weight._version for weight in self._adapters)
         self.policy, self.model = policy, model
         self.config = model.config.get_text_config()
-        self.dtype, self.device = model.dtype, policy.device
+        self.dtype, self.device, self.backend = model.dtype, policy.device, chosen_backend()
         self._check_rows(policy.bank.rows)
         head_width = model.model.layers[0].self_attn.head_dim
         self.ops = ops_for(self.device, self.dtype, head_width, attention)
@@ -157,6 +158,11 @@ class FusedModel:
         weights = [self.head, *(g.weight for g in groups), *(a.b for g in groups for a in g.adapters)]
         return sum(weight.data.nbytes for weight in weights)
 
+    @property
+    def cache_block(self) -> int:
+        """Positions of a block of the cache."""
+        return self.ops.cache_block
+
     def new_cache(self, sequences: int, max_length: int, blocks: int | None = None) -> BlockCache:
         """A cache for that many sequences of at most max_length positions; `blocks` in all (None: for all)."""
         if not 0 < max_length <= self.max_positions:
@@ -171,7 +177,7 @@ class FusedModel:
             sequences=sequences,
             max_length=max_length,
             blocks=blocks,
-            block=self.ops.cache_block,
+            block=self.cache_block,
             dtype=self.dtype,
             device=self.device,
         )

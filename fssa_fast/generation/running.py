@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fssa_fast.generation.attached import AttachedCache
 from fssa_fast.generation.blocks import BlockPool, prefix_keys
 from fssa_fast.generation.cache import BlockCache
 from fssa_fast.generation.requests import Request
@@ -36,7 +37,7 @@ class Running:
 
     def __init__(
         self,
-        cache: BlockCache,
+        cache: BlockCache | AttachedCache,
         rows: int,
         step_tokens: int,
         device: torch.device,
@@ -84,9 +85,11 @@ class Running:
 
         "later": another's prompt begins as this one does, and is being computed; then it need not be done twice.
         """
-        request.keys = prefix_keys(request.root, request.tokens, self._block, request.keys)
-        # One token at least is computed, for its logits.
-        whole = request.keys[: (len(request.tokens) - 1) // self._block]
+        whole: list[bytes] = []
+        if self._cache.shares_prefixes:
+            request.keys = prefix_keys(request.root, request.tokens, self._block, request.keys)
+            # One token at least is computed, for its logits.
+            whole = request.keys[: (len(request.tokens) - 1) // self._block]
         found = self.pool.find(whole)
         missing = whole[len(found) :]
         later = bool(missing) and missing[0] in self._promised
@@ -103,13 +106,14 @@ class Running:
         return "joined"
 
     def leave(self, request: Request) -> None:
-        """Takes a running request's row and blocks. The row's table stays until another request writes it."""
+        """Takes a running request's row and blocks."""
         row = request.row
         self._prompts.pop(request, None)
         if self._decoding.pop(row, None) is not None:
             self._decoding_rows = None
         self._promised -= request.promised
         self.pool.give_back(request.blocks)
+        self._cache.release(row)
         self.requests[row] = None
         self._free.append(row)
         request.row, request.blocks, request.computed, request.promised = -1, [], 0, set()
@@ -187,6 +191,8 @@ class Running:
         return True
 
     def _learn(self, request: Request, first: int, end: int) -> None:
+        if not self._cache.shares_prefixes:
+            return
         if end > first:
             request.keys = prefix_keys(request.root, request.tokens, self._block, request.keys)
         for index in range(first, end):

@@ -23,10 +23,14 @@ class Steered(Protocol):
     users: Users
     tokenizer: Any
     chat: bool | None
+    fused: Any  # a FusedModel, or None
 
     @property
     def device(self) -> torch.device:
         """Where the model lies."""
+
+    def serve(self, rows: Tensor | None, slots: Tensor | None) -> AbstractContextManager[None]:
+        """The model's forwards in the block serve these rows of a table, of the bank's where None."""
 
     def steer(self, users: Sequence[str]) -> AbstractContextManager[Tensor]:
         """The model's forwards in the block serve these users, one a row."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -12,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from fssa_fast.arguments import check_tensor
+from fssa_fast.generation.attached import AttachedModel
 from fssa_fast.generation.engine import Engine
-from fssa_fast.generation.fused import FusedModel
+from fssa_fast.generation.fused import CannotFuse, FusedModel
 from fssa_fast.generation.generate import Prompts, generate, stream
 from fssa_fast.generation.prompts import has_template
 from fssa_fast.nn import ContextEncoder, Modulator
@@ -29,6 +31,8 @@ from fssa_fast.users.open_store import open_store
 from fssa_fast.users.store import UserStore
 from fssa_fast.users.stored_users import StoredUsers
 from fssa_fast.users.users import Users
+
+logger = logging.getLogger("fssa_fast")
 
 MODULATION_STD, MODULATION_MEAN = 0.1, 1.0  # as a policy begins, whoever makes it
 
@@ -347,10 +351,14 @@ class SteerablePolicy(nn.Module):
     def engine(self, **options: Any) -> Engine:
         """An engine that serves requests of many users in one batch; see `fssa_fast.generation.Engine`.
 
-        The policy is fused where it is not, or where its parameters have changed since.
-        Raises CannotFuse, and what the engine raises.
+        The policy is fused where it is not, or where its parameters have changed since. A model that has no fused form
+        is served as it is, a row at a time, and a warning says why. Raises what the engine raises.
         """
         fused = self.fused
         if fused is None or fused.stale():
-            fused = self.fuse()
+            try:
+                fused = self.fuse()
+            except CannotFuse as error:
+                logger.warning("the engine serves the attached form, a row at a time: %s", error)
+                return Engine(self, AttachedModel(self), **options)
         return Engine(self, fused, **options)
