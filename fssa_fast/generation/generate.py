@@ -1,4 +1,4 @@
-"""Generation stands on transformers: one user a row, and whatever `model.generate` can do."""
+"""Generation: one user a row, and whatever transformers' `generate` can do; by the fused form where that does it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
+from fssa_fast.generation.by_engine import answers, asked, joined
 from fssa_fast.generation.prompts import Prompt, prompt_ids, told
 from fssa_fast.generation.steered import Steered
 
@@ -36,6 +37,10 @@ def generate(
 
     Returns: for texts and chats the answers, a text a prompt, or a list of texts a prompt with
         num_return_sequences > 1. For token ids, what `model.generate` returns.
+
+    A policy that has been fused answers by its fused form where the options are max_new_tokens, do_sample, temperature,
+    top_k, top_p, repetition_penalty, num_return_sequences, and token ids that end or fill: greedy answers are the same,
+    sampled ones have the same distribution and follow torch's seed, by draws of their own. All else is transformers'.
     Raises: TypeError where prompts or users are one text; ValueError where they are not as many, or a prompt is empty;
         UnknownUser.
     """
@@ -62,14 +67,24 @@ def generate(
             raise ValueError("attention_mask: expected None, since prompts are texts; got a tensor")
         inputs = tokenize(policy, prompts)
         options.setdefault("pad_token_id", _pad_token(policy.tokenizer))
+    call = asked(policy, options)
+    rows = None if call is None else call.rows(inputs["input_ids"], inputs.get("attention_mask"))
+    if call is not None and rows is not None:
+        found = answers(policy, call, rows, users)
+        return joined(call, prompts, found) if isinstance(prompts, Tensor) else _texts(policy, found, call.count)
     returned, repeats = _repeats(policy, options)
     with policy.steer([user for user in users for _ in range(repeats)]):
         output = policy.model.generate(**inputs, **options)
     if isinstance(prompts, Tensor):
         return output
     ids = output if isinstance(output, Tensor) else output.sequences
-    texts = policy.tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return texts if returned == 1 else [texts[i : i + returned] for i in range(0, len(texts), returned)]
+    return _texts(policy, ids[:, inputs["input_ids"].shape[1] :], returned)
+
+
+def _texts(policy: Steered, ids: Tensor | Sequence[list[int]], count: int) -> list[Any]:
+    """Answers as texts: one a prompt, or a list of `count`."""
+    texts = policy.tokenizer.batch_decode(ids, skip_special_tokens=True)
+    return texts if count == 1 else [texts[i : i + count] for i in range(0, len(texts), count)]
 
 
 def stream(policy: Steered, prompt: Prompt, user: str, **options: Any) -> Iterator[str]:
@@ -79,6 +94,14 @@ def stream(policy: Steered, prompt: Prompt, user: str, **options: Any) -> Iterat
     """
     if policy.tokenizer is None:
         raise ValueError("prompt: expected a policy with a tokenizer; this one was made without")
+    call = asked(policy, options)
+    if call is not None and call.count == 1:
+        inputs = tokenize(policy, [prompt])
+        rows = call.rows(inputs["input_ids"], inputs["attention_mask"])
+        if rows is not None:
+            with call.engine(policy, rows) as engine:
+                yield from engine.submit(**call.request(rows[0], user)).text()
+            return
     streamer = TextIteratorStreamer(policy.tokenizer, skip_prompt=True, skip_special_tokens=True)
     stop, failures = threading.Event(), []
     criteria = StoppingCriteriaList([*options.pop("stopping_criteria", []), _Stopped(stop)])
