@@ -163,7 +163,7 @@ def slots_of(policy: SteerablePolicy, *names: str) -> Tensor:
 
 
 def test_sizes():
-    assert [padded(n) for n in (1, 2, 3, 5, 31, 64, 65, 256)] == [1, 2, 4, 8, 32, 64, 128, 256]
+    assert [padded(n) for n in (1, 2, 3, 5, 31, 64, 65, 256)] == [1, 2, 4, 8, 32, 64, 80, 256]
     assert list(SIZES) == sorted(set(SIZES))
 
 
@@ -256,7 +256,7 @@ def test_a_prompt_and_its_last_logits(captures):
     assert len(captures) == 2
 
 
-def test_an_engine_on_graphs(captures):
+def test_an_engine_on_graphs(captures, monkeypatch):
     """Every request's tokens are those it gets without them."""
     policy = make()
     requests = [
@@ -266,12 +266,19 @@ def test_an_engine_on_graphs(captures):
     ]
 
     def served() -> list[list[int]]:
-        with policy.engine(max_rows=3, max_tokens=96, background=False) as engine:
+        with policy.engine(max_rows=3, max_tokens=96, warm_up=False, background=False) as engine:
             return [result.tokens for result in engine.run(requests)]
 
     direct = served()
     policy.fused.graphs = CudaGraphs(DEVICE)
     assert served() == direct and captures
+    monkeypatch.setattr(fused_module, "SIZES", (1, 2, 4))
+    monkeypatch.setattr(graphs_module, "SIZES", (1, 2, 4))
+    with policy.engine(max_rows=3, max_tokens=96, step_tokens=4, warm_up=True, background=False) as engine:
+        before = len(captures)
+        assert [result.tokens for result in engine.run(requests)] == direct
+        assert len(captures) == before  # all had been captured: as many steps of either kind as there are sizes
+        assert len(policy.fused._workspace._replays) == 6
     assert not policy.fused._workspace._replays  # an engine that is closed takes its graphs along
 
 

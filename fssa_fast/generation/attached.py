@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import sys
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -72,6 +73,10 @@ class AttachedModel:
 
     def check(self) -> None:
         """Nothing: the model is asked as it is."""
+
+    def warm_up(self, cache: AttachedCache, rows: int, tokens: int) -> Iterator[int]:
+        """Nothing: the model runs as it is."""
+        return iter(())
 
     def forget(self, cache: AttachedCache) -> None:
         """Nothing: all that is kept for a cache is in it."""

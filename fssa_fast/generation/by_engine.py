@@ -70,6 +70,7 @@ class Asked:
             max_length=length,
             max_waiting=len(rows) * self.count,
             max_waiting_per_user=len(rows) * self.count,
+            warm_up=False,  # only what is met
             ends=self.ends,
             background=False,
         )

@@ -30,6 +30,7 @@ from typing import Any, Unpack
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from fssa_fast.arguments import check_count
 from fssa_fast.generation.attached import AttachedModel
@@ -68,6 +69,8 @@ class Engine:
         max_length: tokens of one request, prompt and answer; None: as many as the cache or the model has room for.
         max_waiting: how many requests may wait beside those that run. max_waiting_per_user: and how many of one user.
         step_tokens: at most so many tokens a step: prompts beyond it are computed in pieces while others decode.
+        warm_up: whether graphs of the steps of every size are captured now, with progress shown in a terminal, instead
+            of when the first step of a size comes. Only a GPU has them.
         ends: tokens that end an answer; None takes those of the model's generation configuration.
         background: True runs the steps in a thread of the engine's own, started by the first request. False runs
             them in the thread that calls `step`, `run`, or waits for a result.
@@ -90,6 +93,7 @@ class Engine:
         max_waiting: int = 1024,
         max_waiting_per_user: int = 128,
         step_tokens: int = 256,
+        warm_up: bool = True,
         ends: Collection[int] | None = None,
         background: bool = True,
     ) -> None:
@@ -127,7 +131,15 @@ class Engine:
         self.after_step: Callable[[float], object] | None = None
         """Called with the seconds of every step that computed something, in the thread that took it."""
         self._process = os.getpid()
+        if warm_up:
+            self._warm_up()
         _engines.add(self)
+
+    def _warm_up(self) -> None:
+        with self._fused.turn:
+            captured = self._fused.warm_up(self._cache, self.max_rows, self.step_tokens)
+            for _ in tqdm(captured, desc="capturing steps", unit="graph", disable=None, leave=False, delay=1):
+                pass
 
     @property
     def preempted(self) -> int:

@@ -234,11 +234,31 @@ class FusedModel:
                 raise ValueError(f"{name}: expected one for each of the {n} tokens, got shape {list(values.shape)}")
             if values.device.type == "cpu" and n and int(values.min()) < 0:
                 raise IndexError(f"{name}: expected numbers of at least 0, got {int(values.min())}")
-        if n > self._workspace.size:
-            least = 0 if self.graphs is None else SIZES[-1]  # graphs hold addresses: they go when it grows
-            self._workspace = _Workspace(self, max(n, 2 * self._workspace.size, least))
+        self._make_room(n)
         with torch.cuda.device_of(self.embed.weight):
             return self._workspace.run(ids, slots, sequences, positions, cache, logits_of)
+
+    def warm_up(self, cache: BlockCache, rows: int, tokens: int) -> Iterator[int]:
+        """Captures the graphs of steps on a cache, one an item, whose size it gives; nothing where there are none.
+
+        rows: of steps of which all tokens are asked for their logits. tokens: of those of which only some are.
+        """
+        if self.graphs is None:
+            return
+        some = torch.zeros(1, dtype=torch.int64, device=self.device)
+        kinds = (rows, None), (tokens, some)
+        for most, logits_of in kinds:
+            for size in SIZES[: SIZES.index(padded(min(most, SIZES[-1]))) + 1]:
+                with torch.inference_mode(), torch.cuda.device_of(self.embed.weight):
+                    self._make_room(size)
+                    ids, slots, sequences, positions = self._workspace.nobody.expand(-1, size)
+                    self._workspace.run(ids, slots, sequences, positions, cache, logits_of)
+                yield size
+
+    def _make_room(self, tokens: int) -> None:
+        if tokens > self._workspace.size:
+            least = 0 if self.graphs is None else SIZES[-1]  # graphs hold addresses: they go when it grows
+            self._workspace = _Workspace(self, max(tokens, 2 * self._workspace.size, least))
 
     def forget(self, cache: BlockCache) -> None:
         """Lets go what is kept for the steps on a cache that will not be used again, and so the cache itself."""

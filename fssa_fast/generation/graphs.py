@@ -10,7 +10,7 @@ import torch
 
 T = TypeVar("T")
 
-SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+SIZES = (1, 2, 4, *range(8, 64, 8), *range(64, 257, 16))
 """Numbers of rows that are captured; a step of fewer rows is filled up with rows that are nobody's."""
 
 
