@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from fssa_fast.data import held_out_examples, split_users
+from fssa_fast.data.choices import held_out_examples, split_users
 from fssa_fast.data.files import choice_data, read_choices
 from fssa_fast.data.make import make_choices, read_items
 from fssa_fast.training.fit import RewardConfig, fit_reward

@@ -11,20 +11,27 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 PACKAGES = ("fssa-fast", "torch", "transformers", "accelerate", "numpy")
 
 
 def environment() -> dict[str, Any]:
-    """Versions and machine, for a record."""
+    """Versions and machine, for a record of what torch computed."""
+    import torch
+
+    return {
+        **versions(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def versions() -> dict[str, Any]:
+    """The same without what torch says, which takes seconds to load."""
     return {
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 

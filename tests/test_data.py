@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from fssa_fast.data import ChoiceData, ChoiceExamples, Example, held_out_examples, pack_examples, split_users
+from fssa_fast.data.choices import ChoiceData, ChoiceExamples, Example, held_out_examples, pack_examples, split_users
 from fssa_fast.data.files import choice_data, read_choices
 from fssa_fast.data.lines import DataError
 from fssa_fast.data.make import Columns, make_choices, read_items

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
 import typer
 
 from fssa_fast.commands.options import Base, Device, DType, Embedder, placed, warn_outside
@@ -101,6 +100,8 @@ def _reward_scores(run: Path, setup: Setup, counts: list[int], models: Models) -
 
 
 def _policy_shares(run: Path, setup: Setup, counts: list[int], models: Models) -> dict[int, Any]:
+    import numpy as np
+
     from fssa_fast.data.files import read_choices
     from fssa_fast.evaluation.policies import held_out, implicit_margins
     from fssa_fast.training.fit_policy import preferences

@@ -7,11 +7,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-Indices = NDArray[np.int64]
+from fssa_fast.data.groups import Indices, sides, splittable
 
 # Of a user with more choices than this, an example draws from so many, picked at random: time does not grow with data.
 POOL = 192
@@ -69,25 +68,7 @@ class ChoiceData:
 
     def predictable(self) -> ChoiceData:
         """Without the users of whose choices none is left to predict when another is known: all share a group."""
-        return self.of_users(self.splittable())
-
-    def splittable(self) -> list[int]:
-        """The users of whose choices some are left to predict when another is known, by number."""
-        rng = np.random.default_rng(0)
-        return [
-            i for i, own in enumerate(self.choices)
-            if len(own) > 1 and any(len(b) and len(a) for a, b in (self._sides(own, rng, 0.5) for _ in range(8)))
-        ]  # fmt: skip
-
-    def _sides(self, own: Indices, rng: np.random.Generator, share: float) -> tuple[Indices, Indices]:
-        """A user's choices within a random share of the groups, and those within the other groups."""
-        groups = self.groups[own]
-        names, where = np.unique(groups, return_inverse=True)
-        order = rng.permutation(len(names))
-        in_context = np.zeros(len(names), dtype=bool)
-        in_context[order[: min(max(round(share * len(names)), 1), len(names) - 1)]] = True
-        sides = in_context[where.reshape(groups.shape)]
-        return own[sides.all(1)], own[~sides.any(1)]
+        return self.of_users(splittable(self.groups, self.choices))
 
 
 def split_users(count: int, seed: int, shares: Sequence[float] = (0.7, 0.1, 0.2)) -> list[list[int]]:
@@ -121,7 +102,7 @@ def draw_example(
     own = data.choices[user]
     if len(own) > POOL:
         own = own[rng.integers(len(own), size=POOL)]
-    context, others = data._sides(own, rng, share)
+    context, others = sides(data.groups, own, rng, share)
     if not len(others):
         return None
     context = context[rng.permutation(len(context))[:max_context]]

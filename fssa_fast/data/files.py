@@ -14,19 +14,22 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from fssa_fast.data.choices import ChoiceData
+from fssa_fast.data.groups import splittable
 from fssa_fast.data.lines import DataError, json_lines
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fssa_fast.data.choices import ChoiceData
 
 KEYS = ("user", "prompt", "chosen", "rejected", "group")
 Option = str | tuple[float, ...]
-Embed = Callable[[Sequence[tuple[str, str]]], Tensor]
+Embed = Callable[[Sequence[tuple[str, str]]], "Tensor"]
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,10 @@ def choice_data(
 
     Raises DataError for texts without `embed`, and for users of whose choices none can be predicted from another.
     """
+    import torch
+
+    from fssa_fast.data.choices import ChoiceData
+
     alone = unsplittable(choices)
     if alone:
         first = next(choice for choice in choices if choice.user == alone[0])
@@ -126,10 +133,9 @@ def unsplittable(choices: Sequence[Choice]) -> list[str]:
     """The users of whose choices none can be predicted from another, since all share a group."""
     if not choices:
         return []
-    numbers, groups, by_user = _numbered(choices)
-    data = ChoiceData(torch.zeros(len(numbers), 1), groups, tuple(by_user), tuple(by_user.values()))
-    kept = set(data.splittable())
-    return [user for i, user in enumerate(data.users) if i not in kept]
+    _, groups, by_user = _numbered(choices)
+    kept = set(splittable(groups, tuple(by_user.values())))
+    return [user for i, user in enumerate(by_user) if i not in kept]
 
 
 def _numbered(

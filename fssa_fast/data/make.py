@@ -15,7 +15,7 @@ import numpy as np
 
 from fssa_fast.data.files import Choice, Option, read_choices, unsplittable, write_choices
 from fssa_fast.data.lines import DataError, json_lines, text_lines
-from fssa_fast.records import environment, file_hash, write_json
+from fssa_fast.records import file_hash, versions, write_json
 
 Kind = Literal["ratings", "votes", "rankings", "pairs"]
 MISSING = ("", "na", "nan", "none", "null")
@@ -164,7 +164,7 @@ def make_choices(
         "max_pairs": max_pairs,
         "min_choices": min_choices,
         "seed": seed,
-        "environment": environment(),
+        "environment": versions(),
     }
     write_json(folder / "choices.json", record)
     return record
