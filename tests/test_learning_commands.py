@@ -318,7 +318,7 @@ def test_a_policy_is_trained_measured_and_compared(models: Path) -> None:
     with pytest.raises(ValueError, match="base: expected"):
         run("eval", policy, "--counts", "0")
     again = run("eval", policy, "--counts", "0,3", "--base", models / "moved", "--embedder", models / "encoder")
-    assert again == output
+    assert again[again.index("**") :] == output[output.index("**") :]
     with pytest.raises(ValueError, match="base: expected the weights of"):
         make_model(seed=5).save_pretrained(models / "other")
         run("eval", policy, "--counts", "0", "--base", models / "other")
