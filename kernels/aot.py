@@ -129,7 +129,7 @@ def _block(
         angles = _empty(4096, width, dtype=torch.float32)
         rotary = block.Rotary(angles, angles, _empty(width, dtype=dtype) if gemma else None, 1e-6)
         pages = _empty(4096, kv_heads, width, 32, dtype=dtype), _empty(4096, kv_heads, 32, width, dtype=dtype)
-        where = index, index, _empty(rows, 128, dtype=torch.int32), *pages
+        where = index, index, _empty(min(rows, 32), 128, dtype=torch.int32), *pages
         softcap, window = (50.0, 4096) if gemma else (0.0, 0)
         block.attend_(q, rotary, *where, width**-0.5, softcap, window, _empty(rows, heads * width, dtype=dtype))
         if gemma:

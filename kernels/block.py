@@ -85,7 +85,7 @@ def gate_kernel(
 def _turned(rows, met, norm_ptr, cos, sin, half, eps, NORM: tl.constexpr, HALF: tl.constexpr):
     """Heads after their norm and the rotation by their position: the lower and upper halves, [G, HALF] in float32.
 
-    rows [G] points at the heads' first columns; cos and sin point at those of the position.
+    rows [G] points at the heads' first columns; cos and sin [G] at those of their positions.
     """
     h = tl.arange(0, HALF)
     inside = h < half
@@ -96,74 +96,80 @@ def _turned(rows, met, norm_ptr, cos, sin, half, eps, NORM: tl.constexpr, HALF: 
         inverse = tl.rsqrt(tl.sum(low * low + high * high, 1) / (2 * half) + eps)[:, None]
         low = low * inverse * tl.load(norm_ptr + h, mask=inside, other=0.0).to(tl.float32)[None, :]
         high = high * inverse * tl.load(norm_ptr + half + h, mask=inside, other=0.0).to(tl.float32)[None, :]
-    cos_low = tl.load(cos + h, mask=inside, other=0.0)[None, :]
-    sin_low = tl.load(sin + h, mask=inside, other=0.0)[None, :]
-    cos_high = tl.load(cos + half + h, mask=inside, other=0.0)[None, :]
-    sin_high = tl.load(sin + half + h, mask=inside, other=0.0)[None, :]
+    cos_low = tl.load(cos[:, None] + h[None, :], mask=mask, other=0.0)
+    sin_low = tl.load(sin[:, None] + h[None, :], mask=mask, other=0.0)
+    cos_high = tl.load(cos[:, None] + half + h[None, :], mask=mask, other=0.0)
+    sin_high = tl.load(sin[:, None] + half + h[None, :], mask=mask, other=0.0)
     return low * cos_low - high * sin_low, high * cos_high + low * sin_high
 
 
-@triton.jit(do_not_specialize=["table_stride"])
+@triton.jit
 def remember_kernel(
-    k_ptr, v_ptr, norm_ptr, cos_ptr, sin_ptr, positions_ptr, sequences_ptr, table_ptr, keys_ptr, values_ptr, heads,
-    width, half, eps, k_stride, v_stride, table_stride,
+    k_ptr, v_ptr, rotary, cache, heads, width, half, k_stride, v_stride,
     NORM: tl.constexpr, PAGE: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Writes a token's keys, after norm and rotary position, and its values into the cache; program (token)."""
     token = tl.program_id(0).to(tl.int64)
-    position = tl.load(positions_ptr + token).to(tl.int64)
-    sequence = tl.load(sequences_ptr + token).to(tl.int64)
-    page = tl.load(table_ptr + tl.maximum(sequence, 0) * table_stride + position // PAGE).to(tl.int64)
+    position = tl.load(cache.positions + token).to(tl.int64)
+    sequence = tl.load(cache.sequences + token).to(tl.int64)
+    page = tl.load(cache.table + tl.maximum(sequence, 0) * cache.table_stride + position // PAGE).to(tl.int64)
     g = tl.arange(0, HEADS)
     h = tl.arange(0, HALF)
     d = tl.arange(0, WIDTH)
     met = g < tl.where(sequence < 0, 0, heads)  # nobody's token goes the same way and writes nothing
+    angles = position * width + 0 * g
     low, high = _turned(
-        k_ptr + token * k_stride + g * width, met, norm_ptr, cos_ptr + position * width, sin_ptr + position * width,
-        half, eps, NORM, HALF,
+        k_ptr + token * k_stride + g * width, met, rotary.norm, rotary.cos + angles, rotary.sin + angles, half,
+        rotary.eps, NORM, HALF,
     )  # fmt: skip
     base = (page * heads + g) * width * PAGE
-    key_at = keys_ptr + base[:, None] + h[None, :] * PAGE + position % PAGE
+    key_at = cache.key_pages + base[:, None] + h[None, :] * PAGE + position % PAGE
     mask = met[:, None] & (h < half)[None, :]
     store(key_at, low, mask)
     store(key_at + half * PAGE, high, mask)
     mask = met[:, None] & (d < width)[None, :]
     value = tl.load(v_ptr + token * v_stride + (g * width)[:, None] + d[None, :], mask=mask, other=0.0)
-    tl.store(values_ptr + base[:, None] + position % PAGE * width + d[None, :], value, mask=mask)
+    tl.store(cache.value_pages + base[:, None] + position % PAGE * width + d[None, :], value, mask=mask)
 
 
-@triton.jit(do_not_specialize=["table_stride"])
+@triton.jit
 def turn_kernel(
-    q_ptr, k_ptr, v_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr, positions_ptr, sequences_ptr, table_ptr, turned_ptr,
-    keys_ptr, values_ptr, heads, kv_heads, width, half, eps, q_stride, k_stride, v_stride, table_stride, page_size,
+    q_ptr, k_ptr, v_ptr, queries, others, cache, turned_ptr, heads, kv_heads, width, half, q_stride, k_stride, v_stride,
+    page_size,
     NORM: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Queries after norm and rotary position; keys likewise, and values, into pages of rows; program (token)."""
     token = tl.program_id(0).to(tl.int64)
-    position = tl.load(positions_ptr + token).to(tl.int64)
-    sequence = tl.load(sequences_ptr + token).to(tl.int64)
-    page = tl.load(table_ptr + tl.maximum(sequence, 0) * table_stride + position // page_size).to(tl.int64)
-    cos = cos_ptr + position * width
-    sin = sin_ptr + position * width
+    position = tl.load(cache.positions + token).to(tl.int64)
+    sequence = tl.load(cache.sequences + token).to(tl.int64)
+    page = tl.load(cache.table + tl.maximum(sequence, 0) * cache.table_stride + position // page_size).to(tl.int64)
     h = tl.arange(0, HALF)
     d = tl.arange(0, WIDTH)
     i = tl.arange(0, HEADS)
     met = i < heads
-    low, high = _turned(q_ptr + token * q_stride + i * width, met, q_norm_ptr, cos, sin, half, eps, NORM, HALF)
+    angles = position * width + 0 * i
+    low, high = _turned(
+        q_ptr + token * q_stride + i * width, met, queries.norm, queries.cos + angles, queries.sin + angles, half,
+        queries.eps, NORM, HALF,
+    )  # fmt: skip
     at = turned_ptr + ((token * heads + i) * width)[:, None] + h[None, :]
     mask = met[:, None] & (h < half)[None, :]
     store(at, low, mask)
     store(at + half, high, mask)
     g = tl.arange(0, KV_HEADS)
     met = g < tl.where(sequence < 0, 0, kv_heads)
-    low, high = _turned(k_ptr + token * k_stride + g * width, met, k_norm_ptr, cos, sin, half, eps, NORM, HALF)
+    angles = position * width + 0 * g
+    low, high = _turned(
+        k_ptr + token * k_stride + g * width, met, others.norm, others.cos + angles, others.sin + angles, half,
+        others.eps, NORM, HALF,
+    )  # fmt: skip
     row = ((page * page_size + position % page_size) * kv_heads + g) * width
     mask = met[:, None] & (h < half)[None, :]
-    store(keys_ptr + row[:, None] + h[None, :], low, mask)
-    store(keys_ptr + row[:, None] + half + h[None, :], high, mask)
+    store(cache.key_pages + row[:, None] + h[None, :], low, mask)
+    store(cache.key_pages + row[:, None] + half + h[None, :], high, mask)
     mask = met[:, None] & (d < width)[None, :]
     value = tl.load(v_ptr + token * v_stride + (g * width)[:, None] + d[None, :], mask=mask, other=0.0)
-    tl.store(values_ptr + row[:, None] + d[None, :], value, mask=mask)
+    tl.store(cache.value_pages + row[:, None] + d[None, :], value, mask=mask)
 
 
 @triton.jit
@@ -186,113 +192,159 @@ def _merged(top, total, sums, other_top, other_total, other_sums):
 
 
 @triton.jit
-def _store_heads(out, group, width, total, sums, GROUP: tl.constexpr, WIDTH: tl.constexpr):
-    """sums / total, for a kv head's queries; zeros where nothing was attended to."""
-    g = tl.arange(0, GROUP)
+def _store_heads(out_rows, width, mask, total, sums, WIDTH: tl.constexpr):
+    """sums / total of a tile's rows; zeros where nothing was attended to."""
     d = tl.arange(0, WIDTH)
     value = sums / tl.where(total == 0, 1.0, total)[:, None]
-    store(out + (g * width)[:, None] + d[None, :], value, (g < group)[:, None] & (d < width)[None, :])
+    store(out_rows[:, None] + d[None, :], value, mask[:, None] & (d < width)[None, :])
 
 
-@triton.jit(do_not_specialize=["table_stride"])
-def attend_kernel(
-    q_ptr, norm_ptr, cos_ptr, sin_ptr, positions_ptr, sequences_ptr, table_ptr, keys_ptr, values_ptr, out_ptr,
-    sums_ptr, tops_ptr, totals_ptr, group, width, half, eps, scale, softcap, window, q_stride, table_stride,
-    out_stride,
-    NORM: tl.constexpr, SOFTCAP: tl.constexpr, JOINED: tl.constexpr, PAGE: tl.constexpr, CHUNK: tl.constexpr,
-    STEP: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr, WIDTH: tl.constexpr,
+@triton.jit
+def _attend_chunk(
+    low, high, pages, own_keys, own_values, begin, ends, window, chunk, page_size, width, half, scale, softcap,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PAGE: tl.constexpr, CHUNK: tl.constexpr, STEP: tl.constexpr,
+    LANES: tl.constexpr, HALF: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Attention of one token's queries of one kv head, up to the token; program (token, kv head, chunk of positions).
+    """The softmax's maximum, denominator and sums over a chunk's positions, for the rows of one sequence.
 
-    Chunks begin at multiples of CHUNK. JOINED: one program does all, one after the other, else it leaves what it found
-    for join_kernel, which merges them in the same order.
+    A row sees the `window` positions before its `ends`, or all (0); the first that any sees is `begin`. Steps begin at
+    multiples of STEP, and one in which a row sees nothing leaves its numbers as they are, bit for bit: a row's result
+    does not depend on the others in its tile.
     """
-    token = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
-    heads = tl.num_programs(1)
-    position = tl.load(positions_ptr + token)
-    sequence = tl.load(sequences_ptr + token).to(tl.int64)
-    end = tl.where(sequence < 0, 0, position + 1)
-    begin = tl.where(window > 0, tl.maximum(end - window, 0), 0)
-    first = begin // CHUNK
-    last = tl.cdiv(end, CHUNK)
-    if not JOINED:
-        first = tl.maximum(first, tl.program_id(2))
-        last = tl.minimum(last, tl.program_id(2) + 1)
-        if first >= last:  # most of them, where the cache has room for far more than there is
-            return
-    g = tl.arange(0, GROUP)
     h = tl.arange(0, HALF)
     d = tl.arange(0, WIDTH)
-    met = g < group
-    cos = cos_ptr + position.to(tl.int64) * width
-    sin = sin_ptr + position.to(tl.int64) * width
-    low, high = _turned(
-        q_ptr + token * q_stride + (head * group + g) * width, met, norm_ptr, cos, sin, half, eps, NORM, HALF
-    )
-    # The halves of a head are multiplied apart and summed, so that the rotation never has to join them.
-    low = narrow(low, keys_ptr.dtype.element_ty)
-    high = narrow(high, keys_ptr.dtype.element_ty)
-    pages = table_ptr + sequence * table_stride
-    page_size = heads * width * PAGE
-    own_keys = keys_ptr + head * width * PAGE
-    own_values = values_ptr + head * width * PAGE
-    # A finite number that is less than all scores: -inf - -inf, of chunks in which nothing is seen, would be NaN.
-    top = tl.full([GROUP], -1e38, tl.float32)
-    total = tl.zeros([GROUP], tl.float32)
-    sums = tl.zeros([GROUP, WIDTH], tl.float32)
+    within = tl.arange(0, STEP)
     STRETCH: tl.constexpr = min(STEP, PAGE)  # of positions whose keys are neighbours
-    # Sums are made a chunk at a time even where one program does all: with join_kernel's, the bits are the same.
-    for chunk in range(first, last):
-        chunk_top = tl.full([GROUP], -1e38, tl.float32)
-        chunk_total = tl.zeros([GROUP], tl.float32)
-        chunk_sums = tl.zeros([GROUP, WIDTH], tl.float32)
-        stop = tl.minimum(chunk * CHUNK + CHUNK, end)
-        for start in range(tl.maximum(chunk * CHUNK, begin // STEP * STEP), stop, STEP):
-            at = start + tl.arange(0, STEP)
-            seen = (at >= begin) & (at < stop)
-            page = tl.load(pages + at // PAGE, mask=at // PAGE * PAGE < stop, other=0).to(tl.int64)
-            key_at = tl.max_contiguous(tl.multiple_of(page * page_size + at % PAGE, STRETCH), STRETCH)
-            key_mask = (h < half)[:, None]  # whole pages, to be loaded 16 bytes at a time: what is not seen is left out
-            keys = own_keys + h[:, None] * PAGE + key_at[None, :]
-            scores = tl.zeros([GROUP, STEP], tl.float32)
-            scores = dot(low, tl.load(keys, mask=key_mask, other=0.0), scores)
-            scores = dot(high, tl.load(keys + half * PAGE, mask=key_mask, other=0.0), scores)
-            scores *= scale
-            if SOFTCAP:
-                scores = softcap * _tanh(scores / softcap)
-            scores = tl.where(seen[None, :], scores, float("-inf"))
-            highest = tl.maximum(chunk_top, tl.max(scores, 1))
-            shares = tl.exp(scores - highest[:, None])
-            rescaled = tl.exp(chunk_top - highest)
-            chunk_top = highest
-            chunk_total = chunk_total * rescaled + tl.sum(shares, 1)
-            value_at = own_values + (page * page_size + at % PAGE * width)[:, None] + d[None, :]
-            values = tl.load(value_at, mask=seen[:, None] & (d < width)[None, :], other=0.0)
-            chunk_sums = dot(narrow(shares, values.dtype), values, chunk_sums * rescaled[:, None])
-        top, total, sums = _merged(top, total, sums, chunk_top, chunk_total, chunk_sums)
-    if JOINED:
-        _store_heads(
-            out_ptr + token * out_stride + head * group * width, group, width, total, sums, GROUP, WIDTH
-        )
-    else:
-        row = ((tl.program_id(2) * tl.num_programs(0) + token) * heads + head) * group + g
-        tl.store(tops_ptr + row, top, mask=met)
-        tl.store(totals_ptr + row, total, mask=met)
-        tl.store(sums_ptr + row[:, None] * width + d[None, :], sums, mask=met[:, None] & (d < width)[None, :])
+    # A finite number that is less than all scores: -inf - -inf, of steps in which nothing is seen, would be NaN.
+    top = tl.full([LANES], -1e38, tl.float32)
+    total = tl.zeros([LANES], tl.float32)
+    sums = tl.zeros([LANES, WIDTH], tl.float32)
+    stop = tl.minimum(chunk * CHUNK + CHUNK, tl.max(ends, 0))
+    first = tl.maximum(chunk * CHUNK, begin // STEP * STEP)
+    # The page of the next step is asked for in this one: else its keys could not be on their way while this one's are
+    # multiplied.
+    page = tl.load(pages + (first + within) // PAGE, mask=(first + within) // PAGE * PAGE < stop, other=0).to(tl.int64)
+    for start in range(first, stop, STEP):
+        at = start + within
+        after = at + STEP
+        next_page = tl.load(pages + after // PAGE, mask=after // PAGE * PAGE < stop, other=0).to(tl.int64)
+        seen = at[None, :] < ends[:, None]
+        if WINDOW:
+            seen &= at[None, :] >= ends[:, None] - window
+        key_at = tl.max_contiguous(tl.multiple_of(page * page_size + at % PAGE, STRETCH), STRETCH)
+        key_mask = (h < half)[:, None]  # whole pages, to be loaded 16 bytes at a time: what is not seen is left out
+        keys = own_keys + h[:, None] * PAGE + key_at[None, :]
+        scores = tl.zeros([LANES, STEP], tl.float32)
+        scores = dot(low, tl.load(keys, mask=key_mask, other=0.0), scores)
+        scores = dot(high, tl.load(keys + half * PAGE, mask=key_mask, other=0.0), scores)
+        scores *= scale
+        if SOFTCAP:
+            scores = softcap * _tanh(scores / softcap)
+        scores = tl.where(seen, scores, float("-inf"))
+        highest = tl.maximum(top, tl.max(scores, 1))
+        shares = tl.exp(scores - highest[:, None])
+        rescaled = tl.exp(top - highest)
+        top = highest
+        total = total * rescaled + tl.sum(shares, 1)
+        value_at = own_values + (page * page_size + at % PAGE * width)[:, None] + d[None, :]
+        values = tl.load(value_at, mask=(at < stop)[:, None] & (d < width)[None, :], other=0.0)
+        sums = dot(narrow(shares, values.dtype), values, sums * rescaled[:, None])
+        page = next_page
+    return top, total, sums
+
+
+@triton.jit(do_not_specialize=["tokens", "together"])
+def attend_kernel(
+    q_ptr, rotary, cache, out_ptr, scratch, group, width, half, scale, softcap, window, q_stride, out_stride, tokens,
+    together,
+    NORM: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, JOINED: tl.constexpr, PAGE: tl.constexpr,
+    CHUNK: tl.constexpr, STEP: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr,
+    WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Attention of tokens' queries of one kv head, up to each token; program (tile of tokens, kv head, part).
+
+    A tile has LANES rows: GROUP for each of `together` tokens. The tokens of one sequence meet its keys together, one
+    sequence after the other. Chunks begin at multiples of CHUNK, and part p takes chunks p, p + parts, ... JOINED: one
+    program does all, one after the other, else it leaves what it found for join_kernel, which merges them in the same
+    order. `together` is no constant, so that a token by itself and one among others run the same instructions.
+    """
+    head = tl.program_id(1)
+    heads = tl.num_programs(1)
+    row = tl.arange(0, LANES)
+    number = row // GROUP
+    g = row % GROUP
+    token = tl.program_id(0) * together + number
+    met = (g < group) & (number < together) & (token < tokens)
+    position = tl.load(cache.positions + token, mask=met, other=0)
+    sequence = tl.load(cache.sequences + token, mask=met, other=-1)
+    d = tl.arange(0, WIDTH)
+    angles = position.to(tl.int64) * width
+    low, high = _turned(
+        q_ptr + token.to(tl.int64) * q_stride + (head * group + g) * width, met, rotary.norm, rotary.cos + angles,
+        rotary.sin + angles, half, rotary.eps, NORM, HALF,
+    )  # fmt: skip
+    # The halves of a head are multiplied apart and summed, so that the rotation never has to join them.
+    low = narrow(low, cache.key_pages.dtype.element_ty)
+    high = narrow(high, cache.key_pages.dtype.element_ty)
+    page_size = heads * width * PAGE
+    own_keys = cache.key_pages + head * width * PAGE
+    own_values = cache.value_pages + head * width * PAGE
+    column = (head * group + g) * width
+    if JOINED:  # else join_kernel does it
+        nobodys = met & (sequence < 0)
+        nothing = tl.zeros([LANES, WIDTH], tl.float32)
+        out_rows = out_ptr + token.to(tl.int64) * out_stride + column
+        _store_heads(out_rows, width, nobodys, tl.zeros([LANES], tl.float32), nothing, WIDTH)
+    # Sequences from the highest number down: each turn takes the rows of the highest that is left.
+    current = tl.max(sequence, 0)
+    while current >= 0:
+        mine = sequence == current
+        ends = tl.where(mine, position + 1, 0)
+        begin = 0
+        if WINDOW:
+            begin = tl.maximum(tl.min(tl.where(mine, position + 1, 2147483647), 0) - window, 0)
+        pages = cache.table + current.to(tl.int64) * cache.table_stride
+        last = tl.cdiv(tl.max(ends, 0), CHUNK)
+        first = begin // CHUNK
+        if JOINED:
+            top = tl.full([LANES], -1e38, tl.float32)
+            total = tl.zeros([LANES], tl.float32)
+            sums = tl.zeros([LANES, WIDTH], tl.float32)
+            # A chunk at a time even where one program does all: with join_kernel's, the bits are the same.
+            for chunk in range(first, last):
+                chunk_top, chunk_total, chunk_sums = _attend_chunk(
+                    low, high, pages, own_keys, own_values, begin, ends, window, chunk, page_size, width, half, scale,
+                    softcap, WINDOW, SOFTCAP, PAGE, CHUNK, STEP, LANES, HALF, WIDTH,
+                )  # fmt: skip
+                top, total, sums = _merged(top, total, sums, chunk_top, chunk_total, chunk_sums)
+            _store_heads(out_ptr + token.to(tl.int64) * out_stride + column, width, mine, total, sums, WIDTH)
+        else:
+            parts = tl.num_programs(2)
+            first += (tl.program_id(2) - first % parts + parts) % parts
+            for chunk in range(first, last, parts):
+                top, total, sums = _attend_chunk(
+                    low, high, pages, own_keys, own_values, begin, ends, window, chunk, page_size, width, half, scale,
+                    softcap, WINDOW, SOFTCAP, PAGE, CHUNK, STEP, LANES, HALF, WIDTH,
+                )  # fmt: skip
+                at = ((chunk * tokens + token).to(tl.int64) * heads + head) * group + g
+                tl.store(scratch.tops + at, top, mask=mine)
+                tl.store(scratch.totals + at, total, mask=mine)
+                mask = mine[:, None] & (d < width)[None, :]
+                tl.store(scratch.sums + at[:, None] * width + d[None, :], sums, mask=mask)
+        current = tl.max(tl.where(sequence < current, sequence, -1), 0)
 
 
 @triton.jit
 def join_kernel(
-    positions_ptr, sequences_ptr, out_ptr, sums_ptr, tops_ptr, totals_ptr, group, width, window, out_stride,
+    cache, out_ptr, scratch, group, width, window, out_stride,
     CHUNK: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Merges what attend_kernel's programs have left for a token; program (token, kv head)."""
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     heads = tl.num_programs(1)
-    position = tl.load(positions_ptr + token)
-    end = tl.where(tl.load(sequences_ptr + token) < 0, 0, position + 1)
+    position = tl.load(cache.positions + token)
+    end = tl.where(tl.load(cache.sequences + token) < 0, 0, position + 1)
     begin = tl.where(window > 0, tl.maximum(end - window, 0), 0)
     g = tl.arange(0, GROUP)
     d = tl.arange(0, WIDTH)
@@ -303,11 +355,11 @@ def join_kernel(
     sums = tl.zeros([GROUP, WIDTH], tl.float32)
     for chunk in range(begin // CHUNK, tl.cdiv(end, CHUNK)):
         row = ((chunk * tl.num_programs(0) + token) * heads + head) * group + g
-        chunk_top = tl.load(tops_ptr + row, mask=met, other=-1e38)
-        chunk_total = tl.load(totals_ptr + row, mask=met, other=0.0)
-        chunk_sums = tl.load(sums_ptr + row[:, None] * width + d[None, :], mask=mask, other=0.0)
+        chunk_top = tl.load(scratch.tops + row, mask=met, other=-1e38)
+        chunk_total = tl.load(scratch.totals + row, mask=met, other=0.0)
+        chunk_sums = tl.load(scratch.sums + row[:, None] * width + d[None, :], mask=mask, other=0.0)
         top, total, sums = _merged(top, total, sums, chunk_top, chunk_total, chunk_sums)
-    _store_heads(out_ptr + token * out_stride + head * group * width, group, width, total, sums, GROUP, WIDTH)
+    _store_heads(out_ptr + token * out_stride + (head * group + g) * width, width, met, total, sums, WIDTH)
 
 
 class Part(NamedTuple):
@@ -370,6 +422,27 @@ def film_norm_(
     )  # fmt: skip
 
 
+class Cache(NamedTuple):
+    """Where tokens are, and the cache, as the kernels take them."""
+
+    positions: Tensor
+    sequences: Tensor
+    table: Tensor
+    key_pages: Tensor
+    value_pages: Tensor
+    table_stride: int
+
+
+class Scratch(NamedTuple):
+    """What is left of each chunk for join_kernel, float32: sums [chunks, N, heads, head_width], and the others
+    [chunks, N, heads].
+    """
+
+    sums: Tensor
+    tops: Tensor
+    totals: Tensor
+
+
 class Rotary(NamedTuple):
     """cos and sin, float32 [positions, head_width]; the weight of the heads' norm, where they have one; its eps."""
 
@@ -386,8 +459,8 @@ def remember_(
     """Writes keys and values [N, kv_heads * head_width] of tokens into the cache, in one launch."""
     _, heads, width, page = keys.shape
     remember_kernel[(len(k),)](
-        k, v, k if rotary.norm is None else rotary.norm, rotary.cos, rotary.sin, positions, sequences, table, keys,
-        values, heads, width, width // 2, rotary.eps, k.stride(0), v.stride(0), table.stride(0),
+        k, v, rotary, Cache(positions, sequences, table, keys, values, table.stride(0)), heads, width, width // 2,
+        k.stride(0), v.stride(0),
         NORM=rotary.norm is not None, PAGE=page, HEADS=triton.next_power_of_2(heads),
         HALF=triton.next_power_of_2(width // 2), WIDTH=triton.next_power_of_2(width), num_warps=4,
     )  # fmt: skip
@@ -403,10 +476,10 @@ def turn_(
     """
     _, page, kv_heads, width = keys.shape
     heads = turned.shape[1]
-    norms = (q, k) if queries.norm is None else (queries.norm, others.norm)
+    cache = Cache(positions, sequences, table, keys, values, table.stride(0))
     turn_kernel[(len(q),)](
-        q, k, v, *norms, queries.cos, queries.sin, positions, sequences, table, turned, keys, values, heads, kv_heads,
-        width, width // 2, queries.eps, q.stride(0), k.stride(0), v.stride(0), table.stride(0), page,
+        q, k, v, queries, others, cache, turned, heads, kv_heads, width, width // 2, q.stride(0), k.stride(0),
+        v.stride(0), page,
         NORM=queries.norm is not None, HEADS=triton.next_power_of_2(heads), KV_HEADS=triton.next_power_of_2(kv_heads),
         HALF=triton.next_power_of_2(width // 2), WIDTH=triton.next_power_of_2(width), num_warps=8,
     )  # fmt: skip
@@ -419,25 +492,30 @@ def attend_(
     """Attention of q [N, heads * head_width] over the cache, up to each token itself, into out of the same shape.
 
     softcap, window: 0 for none. One launch; two where the cache has room for sequences of several chunks and there are
-    few tokens.
+    few tokens. Where some sequence has several tokens, neighbours among them share a tile and meet its keys once.
     """
     _, heads, width, page = keys.shape
     group = q.shape[1] // (heads * width)
+    padded = triton.next_power_of_2(group)
     tile = configs.attend_tile(width, q.dtype)
-    parts = configs.attend_parts(len(q) * heads, table.shape[1] * page, tile)
-    sums = q.new_empty(parts, len(q), heads * group, width, dtype=torch.float32) if parts > 1 else q
-    tops, totals = sums.new_empty(2, *sums.shape[:-1]) if parts > 1 else (q, q)
-    lanes = max(16, triton.next_power_of_2(group))  # of queries: what a product of tensor cores has at least
+    lanes = max(tile.lanes, padded)
+    together = lanes // padded if len(q) > len(table) else 1
+    tiles, room = triton.cdiv(len(q), together), table.shape[1] * page
+    parts = configs.attend_parts(tiles * heads, room, tile)
+    scratch = Scratch(q, q, q)
+    if parts > 1:
+        sums = q.new_empty(triton.cdiv(room, tile.chunk), len(q), heads * group, width, dtype=torch.float32)
+        scratch = Scratch(sums, *sums.new_empty(2, *sums.shape[:-1]))
+    cache = Cache(positions, sequences, table, keys, values, table.stride(0))
     full = triton.next_power_of_2(width)
-    attend_kernel[(len(q), heads, parts)](
-        q, q if rotary.norm is None else rotary.norm, rotary.cos, rotary.sin, positions, sequences, table, keys, values,
-        out, sums, tops, totals, group, width, width // 2, rotary.eps, scale, softcap, window, q.stride(0),
-        table.stride(0), out.stride(0), NORM=rotary.norm is not None, SOFTCAP=softcap > 0, JOINED=parts == 1, PAGE=page,
-        CHUNK=tile.chunk, STEP=tile.step, GROUP=lanes, HALF=max(16, full // 2), WIDTH=max(16, full),
-        num_warps=tile.warps, num_stages=tile.stages,
+    attend_kernel[(tiles, heads, parts)](
+        q, rotary, cache, out, scratch, group, width, width // 2, scale, softcap, window, q.stride(0), out.stride(0),
+        len(q), together, NORM=rotary.norm is not None, WINDOW=window > 0, SOFTCAP=softcap > 0, JOINED=parts == 1,
+        PAGE=page, CHUNK=tile.chunk, STEP=tile.step, LANES=lanes, GROUP=padded, HALF=max(16, full // 2),
+        WIDTH=max(16, full), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if parts > 1:
         join_kernel[(len(q), heads)](
-            positions, sequences, out, sums, tops, totals, group, width, window, out.stride(0), CHUNK=tile.chunk,
-            GROUP=lanes, WIDTH=max(16, full), num_warps=tile.warps,
+            cache, out, scratch, group, width, window, out.stride(0), CHUNK=tile.chunk, GROUP=padded,
+            WIDTH=max(16, full), num_warps=tile.warps,
         )  # fmt: skip

@@ -169,6 +169,7 @@ def many_tile(width: int, heads: int, attention: bool, dtype: torch.dtype) -> Ma
 
 
 class AttendTile(NamedTuple):
+    lanes: int  # queries at a time: of one kv head, of as many tokens as there is room for
     step: int  # positions at a time
     chunk: int  # positions that are summed by themselves, then merged with the others
     warps: int
@@ -176,15 +177,22 @@ class AttendTile(NamedTuple):
 
 
 def attend_tile(head_width: int, dtype: torch.dtype) -> AttendTile:
-    """Attention over the cache: a token's queries of one kv head, few enough for one tile of tensor cores."""
+    """Attention over the cache: one tile for prompts and for decoding, since a tile's shape decides a row's bits.
+
+    Most of a decode's lanes are idle. 64 of them do as many operations a byte of keys and values as a chip has time for
+    while the bytes arrive.
+    """
+    if _wide(dtype):
+        return AttendTile(16, 16 if head_width > 64 else 32, 512, 8, 1)
     if head_width > 128:
-        return AttendTile(16, 512, 8, 1) if _wide(dtype) else AttendTile(32, 512, 4, 2)
-    return AttendTile(32, 512, 4, 2) if _wide(dtype) else AttendTile(64, 512, 4, 2 if head_width <= 64 else 3)
+        return AttendTile(32, 32, 512, 8, 2)
+    return AttendTile(64, 32, 512, 4, 3) if head_width > 64 else AttendTile(64, 64, 512, 8, 2)
 
 
 def attend_parts(programs: int, room: int, tile: AttendTile) -> int:
-    """How many programs share out a token's chunks, in a cache with room for so many positions a sequence.
+    """How many programs share out a tile of tokens' chunks, in a cache with room for so many positions a sequence.
 
-    All of them side by side while there are few other programs, else one after the other: the bits are the same.
+    As many as fill the chip beside the other tiles, whatever the room; each takes one chunk in so many. The bits are
+    the same for any number.
     """
-    return 1 if programs >= 512 else -(-room // tile.chunk)
+    return min(-(-room // tile.chunk), max(1, 512 // programs))

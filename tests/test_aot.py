@@ -107,6 +107,25 @@ def test_a_subset_is_as_good_as_the_table() -> None:
         assert pattern.removesuffix("*") in done.stdout
 
 
+AHEAD = """
+import re, torch
+from fssa_fast.kernels import aot, configs
+launch = aot.all_launches()["block-decode-1536/bfloat16/attend"]
+tile = configs.attend_tile(128, torch.bfloat16)
+compiled = aot.compile_launch(launch, aot.TARGETS["sm_80"])
+ptx = compiled.asm["ptx"]
+loop = ptx[ptx.index("mma.sync"):]
+print(len(re.findall(r"cp\\.async\\.c[ag]\\.", loop)), compiled.metadata.shared // (2 * tile.step * 128 * 2))
+"""
+
+
+@pytest.mark.proof
+def test_attention_loads_ahead_of_its_products() -> None:
+    """Keys and values of further steps are on their way while one is multiplied, into memory for two or more."""
+    copies, steps = map(int, compiling("-c", AHEAD).stdout.split())
+    assert copies > 0 and steps >= 2
+
+
 def test_expand_is_launched_early_where_the_chip_can() -> None:
     """Shrink lets it begin, expand waits; on older chips neither."""
     done = compiling("-c", EARLY)

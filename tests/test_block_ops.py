@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from cases import columns, dtypes, normal, some_slots
+from cases import columns, dtypes, normal, some_slots, unwritten_is_nan
 from tiny import VOCABULARY, make_choices, make_ids, make_model, make_policy, shake
 from tolerances import check_parity
 from torch import Tensor
@@ -28,7 +30,7 @@ if found is None:
 from triton.runtime import interpreter, jit  # noqa: E402  (needs triton)
 
 from fssa_fast.generation.triton_ops import TritonOps  # noqa: E402  (needs triton)
-from fssa_fast.kernels import configs  # noqa: E402
+from fssa_fast.kernels import block, configs  # noqa: E402
 from fssa_fast.kernels.common import INTERPRETED  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -230,12 +232,91 @@ def test_attention(case, tokens, dtype):
 @pytest.mark.parametrize("case", ["of six", "of eight", "capped window"])
 def test_attention_in_chunks(case, dtype, monkeypatch):
     """Side by side, or one after the other: the same bits, and within the rule."""
-    monkeypatch.setattr(configs, "attend_tile", lambda *_: configs.AttendTile(32, 32, 4, 1))
+    monkeypatch.setattr(configs, "attend_tile", lambda *_: configs.AttendTile(16, 32, 32, 4, 1))
     args = caches(case, [(0, 95), (1, 31), (2, 0), (3, 64)], dtype)
     apart, *_ = check(attention(case), *args)
-    monkeypatch.setattr(configs, "attend_parts", lambda *_: 1)
-    joined, *_ = attention(case)(ops_of(dtype), *here(args))
-    assert torch.equal(apart, joined)
+    for parts in (1, 2):
+        monkeypatch.setattr(configs, "attend_parts", lambda *_, parts=parts: parts)
+        joined, *_ = attention(case)(ops_of(dtype), *here(args))
+        assert torch.equal(apart, joined)
+
+
+# A prompt that begins, one that goes on, a decode beside them, and a sequence whose tokens are apart.
+MIXED = [(2, 0), (2, 1), (2, 2), (0, 40), (1, 62), (1, 63), (1, 64), (1, 65), (3, 7), (2, 3), (3, 8)]
+
+
+def alone_and_together(case: str, tokens: list[tuple[int, int]], dtype: torch.dtype, room: int, rows: Any) -> None:
+    """What these tokens give together is within the rule, and each of `rows` has the bits that it has by itself."""
+    args = caches(case, tokens, dtype, room)
+    together, *cached = check(attention(case), *args)
+    product, _, table, norm, positions, sequences, *angles = here(args)
+    for row in rows:  # what comes later is in the cache, too
+        own = slice(row, row + 1)
+        alone, *_ = attention(case)(
+            ops_of(dtype), product[own], cached[:2], table, norm, positions[own], sequences[own], *angles
+        )
+        assert torch.equal(alone, together[own])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", HEADS)
+def test_tokens_that_share_a_tile(case, dtype, monkeypatch):
+    """They meet their sequence's keys together, whatever else is in the tile."""
+    monkeypatch.setattr(configs, "attend_tile", lambda *_: configs.AttendTile(16, 32, 32, 4, 1))
+    alone_and_together(case, MIXED, dtype, 96, (2, 3, 6, 10))
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [1, 31, 33, 500, 513, 1025, 4096])
+def test_a_prompt_up_to_each_length(length, dtype):
+    """The last tokens of a prompt, another prompt's first, and a decode, by the tile that a GPU has."""
+    last = [(1, at) for at in range(max(0, length - 9), length)]
+    tokens = [(0, 0), (0, 1), *last, (2, length - 1)]
+    alone_and_together("of eight", tokens, dtype, -(-length // BLOCK) * BLOCK, (1, len(tokens) - 2, len(tokens) - 1))
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("group", range(1, 17))
+def test_every_number_of_queries_a_kv_head(group, monkeypatch):
+    monkeypatch.setitem(HEADS, "so many", ((2 * group, 2, 16), 50 * (group % 2), 0.0, False))
+    alone_and_together("so many", MIXED, torch.bfloat16, 96, (2, 3, 6))
+
+
+ATTENTION_FAULTS = {
+    "another sequence's keys": ("mine = sequence == current", "mine = sequence >= 0"),
+    "the tile's last token for all": (
+        "ends = tl.where(mine, position + 1,",
+        "ends = tl.where(mine, tl.max(position, 0) + 1,",
+    ),
+    "the page of the step before": ("        page = next_page\n", ""),
+    "a part that skips a chunk": ("range(first, last, parts)", "range(first, last, parts + 1)"),
+    "the window of another row": ("seen &= at[None, :] >= ends[:, None] - window", "seen &= at[None, :] >= begin"),
+}
+
+
+@pytest.mark.proof
+@pytest.mark.skipif(not INTERPRETED.value, reason="what a fault reads may not be there")
+@pytest.mark.parametrize("fault", ATTENTION_FAULTS)
+def test_a_fault_in_the_attention_is_caught(fault, monkeypatch, tmp_path):
+    old, new = ATTENTION_FAULTS[fault]
+    text = Path(block.__file__).read_text()
+    assert text.count(old) == 1
+    (tmp_path / "planted.py").write_text(text.replace(old, new))
+    spec = importlib.util.spec_from_file_location("planted", tmp_path / "planted.py")
+    planted = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(planted)
+    monkeypatch.setattr(configs, "attend_tile", lambda *_: configs.AttendTile(16, 32, 64, 4, 1))
+    monkeypatch.setattr(configs, "attend_parts", lambda *_: 2)
+    calls = [
+        (attention(case), *caches(case, [*MIXED, (0, 150)], torch.float32, 160)) for case in ("of six", "of eight")
+    ]
+    for call in calls:
+        check(*call)
+    monkeypatch.setattr(block, "attend_", planted.attend_)
+    with unwritten_is_nan(), pytest.raises(AssertionError):
+        for call in calls:
+            check(*call)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
