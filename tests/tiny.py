@@ -71,7 +71,7 @@ def make_loras(model: Any, *modulations: str) -> tuple[LoraConfig, ...]:
 
 def make_config(model: Any, film: Any = True, modulations: tuple[str, ...] = ("scale_shift", "none")) -> SteeringConfig:
     """FiLM and adapters as asked for, with a small encoder."""
-    return SteeringConfig(EncoderConfig(WIDTH, LATENT, heads=2), film, make_loras(model, *modulations))
+    return SteeringConfig(EncoderConfig(WIDTH, LATENT, inner="linear", heads=2), film, make_loras(model, *modulations))
 
 
 def shake(policy: SteerablePolicy, seed: int = 1, size: float = 0.2) -> SteerablePolicy:
