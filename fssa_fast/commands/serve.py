@@ -76,7 +76,7 @@ def serve(
         given["store"] = store if is_url(store) else str(Path(store).resolve())
         arguments = on_ray.Arguments(
             **given, base=base, embedder=embedder, name=name, without_keys=keys is None, create_users=create_users,
-            rows=rows, cache_tokens=cache_tokens, waiting=waiting, dtype=dtype,
+            rows=rows, cache_tokens=cache_tokens, waiting=waiting, grace=grace, dtype=dtype,
             gpus=int(str(placed(device, dtype)["device_map"]).startswith("cuda")),
         )  # fmt: skip
         there = {one: on_ray.HeldVersion(policy=str(where.resolve()), share=shares.get(one, 1.0))

@@ -62,6 +62,7 @@ class Arguments(BaseModel):
     rows: int = Field(32, ge=1)
     cache_tokens: int = Field(16384, ge=1)
     waiting: int = Field(1024, ge=1)
+    grace: float = Field(30.0, gt=0)
     history: str | None = None
     cpus: float = Field(1.0, gt=0)
     gpus: float = Field(0.0, ge=0)
@@ -210,7 +211,7 @@ def application(arguments: Arguments, held: Held | None = None, **options: Any) 
         # Beyond its rows a replica lets as many wait again; the proxies keep the rest for whoever is free first.
         max_ongoing_requests=2 * arguments.rows,
         user_config=held.model_dump(),
-        graceful_shutdown_timeout_s=120,
+        graceful_shutdown_timeout_s=arguments.grace,
         max_surge_percent=100,  # a replacement is there before the one that it replaces goes
         ray_actor_options={"num_cpus": arguments.cpus, "num_gpus": arguments.gpus},
     )
