@@ -59,11 +59,16 @@ step() {
   return "$code"
 }
 
-# build FOLDER CUDA: the package built into the folder, with the CUDA kernels (1) or without (0).
+# build FOLDER CUDA: the package put together in the folder, with the CUDA kernels (1) or without (0). By CMake alone: pip
+# would want the build backend, and there is no network.
 build() {
-  mkdir -p "$1/source"
-  tar --exclude=./build --exclude='./.*' --exclude='*.so' -cf - . | tar -xf - -C "$1/source"
-  FSSA_CUDA=$2 "$python" -m pip install -q --no-index --no-deps --no-build-isolation --target "$1/site" "$1/source"
+  mkdir -p "$1/site"
+  cp -r fssa_fast "$1/site/"
+  rm -f "$1"/site/fssa_fast/*.so
+  cp -r kernels "$1/site/fssa_fast/kernels"
+  FSSA_CUDA=$2 cmake -S . -B "$1/build" &&
+    cmake --build "$1/build" --parallel &&
+    cmake --install "$1/build" --prefix "$1/site"
 }
 
 tested() {
