@@ -311,6 +311,22 @@ typedef struct {
   int32_t threads;
 } fssa_attention_args;
 
+/* The next token of every row, as fssa_fast/generation/sampling.py draws it, -1 where the highest logit is not finite.
+ * Logits are finite or -inf. A row's knobs are at its slot; positions are those of the tokens before. */
+typedef struct {
+  fssa_dtype dtype;
+  int64_t rows, width; /* width in [1, 2^19] */
+  fssa_input logits;
+  fssa_slots slots;
+  const float *temperature, *min_p;
+  const int32_t *top_k;
+  const double *top_p;
+  const int64_t *seed;
+  const int32_t *positions; /* [rows] */
+  int64_t *tokens;          /* [rows] */
+  int32_t threads;
+} fssa_sample_args;
+
 FSSA_API const char *fssa_last_error(void);
 
 /* The bytes of a struct of this interface, by its name, or -1: who declares the structs anew can see that he has them as the
@@ -336,6 +352,7 @@ FSSA_API fssa_status fssa_cpu_linear(const fssa_linear_args *args);
 FSSA_API fssa_status fssa_cpu_adapt(const fssa_adapt_args *args);
 FSSA_API fssa_status fssa_cpu_gate(const fssa_gate_args *args);
 FSSA_API fssa_status fssa_cpu_attention(const fssa_attention_args *args);
+FSSA_API fssa_status fssa_cpu_sample(const fssa_sample_args *args);
 
 #ifdef __cplusplus
 }

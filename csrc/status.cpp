@@ -70,6 +70,7 @@ int64_t fssa_size_of(const char *name) {
   FSSA_SIZE(fssa_block_cache)
   FSSA_SIZE(fssa_scores)
   FSSA_SIZE(fssa_attention_args)
+  FSSA_SIZE(fssa_sample_args)
 #undef FSSA_SIZE
   return -1;
 }

@@ -215,6 +215,13 @@ class AttentionArgs(Structure):
     ]  # fmt: skip
 
 
+class SampleArgs(Structure):
+    _fields_ = [
+        *_ROWS, ("logits", Input), ("slots", Slots),
+        *_members(c_void_p, "temperature min_p top_k top_p seed positions tokens"), ("threads", c_int32),
+    ]  # fmt: skip
+
+
 ARGS: dict[str, type[Structure]] = {
     "film": FilmArgs,
     "film_norm": FilmNormArgs,
@@ -229,6 +236,7 @@ ARGS: dict[str, type[Structure]] = {
     "adapt": AdaptArgs,
     "gate": GateArgs,
     "attention": AttentionArgs,
+    "sample": SampleArgs,
 }
 STRUCTS: dict[str, type[Structure]] = {f"fssa_{op}_args": args for op, args in ARGS.items()} | {
     "fssa_input": Input,

@@ -8,10 +8,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
 from cases import context_args, film_args, film_norm_args, lora_args, normal
+
+from fssa_fast.backends import use_backend
+from fssa_fast.generation.sampling import Knobs
+from fssa_fast.generation.which_draw import which_draw
 
 ROWS, WIDTH = 6, 40
 Call = tuple[str, Callable[[], Any]]
@@ -121,6 +126,24 @@ def context_calls() -> Iterator[Call]:
     yield "context_backward grad", lambda: torch.ops.fssa.context_backward(grad[:, :3], *args)
 
 
+def sample_calls() -> Iterator[Call]:
+    with use_backend("cpu"):
+        draw, knobs = which_draw(torch.device("cpu")), Knobs.new(ROWS, torch.device("cpu"))
+    index = torch.arange(ROWS, dtype=torch.int32)
+    args = normal(ROWS, WIDTH), knobs, index, index
+    valid = ("another dtype", "too narrow")  # for logits
+    wrong = {f"logits: {kind}": (0, change) for kind, change in LAYOUTS.items() if kind not in valid}
+    wrong |= {f"rows: {kind}": (2, change) for kind, change in SLOTS.items()}
+    wrong |= {f"positions: {kind}": (3, SLOTS[kind]) for kind in ("bytes", "floats", "too few", "another device")}
+    for field in fields(Knobs):
+        for kind, change in {**LAYOUTS, "apart": lambda t: t.repeat(2)[::2]}.items():
+            if kind != "too narrow":  # the same as too few rows
+                wrong[f"{field.name}: {kind}"] = 1, lambda k, n=field.name, c=change: replace(k, **{n: c(vars(k)[n])})
+    wrong["knobs: on another device"] = 1, lambda _: Knobs.new(ROWS, torch.device("meta"))
+    for name, (index_, change) in wrong.items():
+        yield f"sample {name}", lambda i=index_, c=change: draw(*changed(args, i, c))
+
+
 def _calls(
     op: str, args: tuple[Any, ...], tensors: dict[str, int], slots: int, lists: dict[str, int] | None = None
 ) -> Iterator[Call]:
@@ -135,7 +158,7 @@ def _calls(
 def main() -> int:
     """Runs all calls; returns 1 where one raised nothing."""
     torch.manual_seed(0)
-    calls = [*film_calls(), *lora_calls(), *context_calls()]
+    calls = [*film_calls(), *lora_calls(), *context_calls(), *sample_calls()]
     taken = []
     for name, call in calls:
         print(name, end=" ", flush=True)

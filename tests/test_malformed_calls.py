@@ -17,7 +17,9 @@ import threading, time, torch
 from cases import context_args, film_args, film_norm_args, lora_args, normal
 from fssa_fast.backends import load_backend
 from fssa_fast.generation.block_ops import Expansion
+from fssa_fast.generation.native_draw import NativeDraw
 from fssa_fast.generation.native_ops import NativeOps
+from fssa_fast.generation.sampling import Knobs
 
 torch.manual_seed(0)
 ops, rows = torch.ops.fssa, 4096
@@ -32,6 +34,8 @@ index = torch.zeros(rows, dtype=torch.int32)
 b = native.pack(normal(16, 4))
 part = Expansion(normal(rows, 4), normal(5, 4), normal(5, 4), b, normal(rows, 16))
 encoder = context_args((1,) * rows, 4, 8, 1, "linear", "sum", torch.float32)
+drawn = torch.arange(rows, dtype=torch.int32)
+knobs, sampled = Knobs.new(rows, torch.device("cpu")), NativeDraw(load_backend("cpu")[0].core())
 written = (normal(rows, 6), torch.arange(rows), *encoder[:4], normal(6, 8), normal(6), None, *encoder[4:])
 calls = {
     film[3]: [lambda: ops.film(*film), lambda: ops.film_backward(grads[0], *film)],
@@ -40,6 +44,7 @@ calls = {
         lambda: ops.lora(*lora), lambda: ops.lora_(*lora), lambda: ops.lora_backward(lora[1], lora[0], *lora[2:]),
     ],
     index: [native.adapt([part], index)],
+    drawn: [lambda: sampled(normal(rows, 16), knobs, drawn, drawn)],
     written[1]: [lambda: ops.context_rows_(*written)],
     encoder[1]: [lambda: ops.context(*encoder), lambda: ops.context_backward(normal(rows, 8), *encoder)],
     encoder[2]: [lambda: ops.context(*encoder)],
@@ -87,4 +92,4 @@ def test_malformed_calls_raise():
 def test_integers_that_another_thread_rewrites_during_a_call():
     done = _run("-c", CHANGING)
     assert done.returncode == 0, (done.returncode, done.stdout, done.stderr[-500:])
-    assert len(done.stdout.splitlines()) == 12
+    assert len(done.stdout.splitlines()) == 13

@@ -37,11 +37,12 @@ struct Isa {
   decltype(scalar::adapt) *adapt;
   decltype(scalar::gate) *gate;
   decltype(scalar::attention) *attention;
+  decltype(scalar::sample) *sample;
 };
 
 #define FSSA_OPS(ISA)                                                                                              \
   ISA::film, ISA::film_norm, ISA::film_backward, ISA::film_norm_backward, ISA::lora, ISA::lora_backward, ISA::context, \
-      ISA::context_rows, ISA::context_backward, ISA::linear, ISA::adapt, ISA::gate, ISA::attention
+      ISA::context_rows, ISA::context_backward, ISA::linear, ISA::adapt, ISA::gate, ISA::attention, ISA::sample
 
 #if defined(FSSA_AVX512)
 bool has_avx512() {
@@ -248,4 +249,13 @@ fssa_status fssa_cpu_gate(const fssa_gate_args *args) {
 
 fssa_status fssa_cpu_attention(const fssa_attention_args *args) {
   return guarded([&] { check_attention(*args), isa().attention(*args); });
+}
+
+fssa_status fssa_cpu_sample(const fssa_sample_args *args) {
+  return with_scratch([&](Scratch &scratch) {
+    if (args->width < 1 || args->width > 1 << 19) {
+      fail(FSSA_BAD_VALUE, "width: expected a number in [1, %d], got %lld", 1 << 19, static_cast<long long>(args->width));
+    }
+    isa().sample(with_slots(scratch, *args));
+  });
 }

@@ -19,5 +19,6 @@
   void adapt(const fssa_adapt_args &);                             \
   void gate(const fssa_gate_args &);                               \
   void attention(const fssa_attention_args &);                     \
+  void sample(const fssa_sample_args &);                           \
   }                                                                \
   }

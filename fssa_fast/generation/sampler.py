@@ -9,7 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fssa_fast.generation.sampling import MAX_BIASED, Knobs, Sampling, likeliest, which_draw
+from fssa_fast.generation.native_draw import NativeDraw
+from fssa_fast.generation.sampling import MAX_BIASED, Knobs, Sampling, likeliest
+from fssa_fast.generation.which_draw import which_draw
 
 # What a row asks for: a step does only what one of its rows asks for, and to these rows alone.
 PENALISED, BIASED, MASKED, FOLLOWED, SAMPLED, FILTERED, LOGPROBS = (1 << i for i in range(7))
@@ -80,7 +82,8 @@ class Sampler:
 
     def followed(self, rows: np.ndarray) -> list[int]:
         """Those of the rows that have a grammar."""
-        return rows[(self._kinds[rows] & FOLLOWED) != 0].tolist()
+        kinds = self._kinds[rows]
+        return rows[(kinds & FOLLOWED) != 0].tolist() if _asked(kinds) & FOLLOWED else []
 
     def sample(self, logits: Tensor, rows: np.ndarray, positions: np.ndarray) -> list[int]:
         """The next token of each row, -1 where its logits are not finite.
@@ -89,9 +92,9 @@ class Sampler:
             logits: [m, V]. rows, positions: int32 [m], of each row's last token.
         """
         kinds = self._kinds[rows]
-        asked = int(np.bitwise_or.reduce(kinds))
+        asked = _asked(kinds)
         where, at = self._on_device(rows), self._on_device(positions)
-        if not asked & (CHANGED | SAMPLED):
+        if not asked & (CHANGED | SAMPLED) and not isinstance(self._draw, NativeDraw):  # which sees it row by row
             return likeliest(logits).tolist()
         if not asked & CHANGED:
             return self._draw(logits, self._knobs, where, at, bool(asked & FILTERED)).tolist()
@@ -114,7 +117,10 @@ class Sampler:
 
     def logprobs(self, logits: Tensor, rows: np.ndarray, tokens: Sequence[int]) -> Iterator[tuple[int, TokenLogprobs]]:
         """For each row that asked for them, its index and the log-probabilities of its token; `tokens` as drawn."""
-        which = [i for i in np.flatnonzero(self._kinds[rows] & LOGPROBS).tolist() if tokens[i] >= 0]
+        kinds = self._kinds[rows]
+        if not _asked(kinds) & LOGPROBS:
+            return
+        which = [i for i in np.flatnonzero(kinds & LOGPROBS).tolist() if tokens[i] >= 0]
         if not which:
             return
         found = logits[torch.tensor(which, device=self._device)].float().log_softmax(-1)
@@ -206,6 +212,11 @@ class _Penalties:
         said = torch.where(counts, history, first)
         scores.scatter_add_(1, said, torch.where(counts, -self._frequency[rows], 0.0))
         return scores.scatter_(1, said, scores.gather(1, said) - torch.where(answered, self._presence[rows], 0.0))
+
+
+def _asked(kinds: np.ndarray) -> int:
+    """All that one of the rows asks for."""
+    return int(np.bitwise_or.reduce(kinds))
 
 
 def mask_of(tokens: Sequence[int], vocabulary: int) -> np.ndarray:

@@ -1,7 +1,7 @@
 """How the next tokens of many rows are drawn from their logits, each row by knobs and a seed of its own.
 
 `draw` is the definition, in PyTorch, for every device: a fixed number of operations on tensors at fixed addresses, and
-nothing read by the host, so that a CUDA graph can hold it.
+nothing read by the host, so that a CUDA graph can hold it. On the CPU the native core draws (which_draw.py).
 
 A row's draw depends on its logits, its knobs, its seed and its position alone. Probabilities are held as integers,
 2^34 for the likeliest token, so that a sum is the same in whatever order it is taken; the random number of a position
@@ -10,8 +10,8 @@ is a hash of seed and position.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import TypedDict
 
@@ -123,24 +123,43 @@ def _within(value: object, low: float, high: float) -> bool:
     return _is_number(value) and low <= value <= high  # type: ignore[operator]  # NaN is within nothing
 
 
+_DTYPES = {
+    "temperature": torch.float32,
+    "min_p": torch.float32,
+    "top_k": torch.int32,
+    "top_p": torch.float64,
+    "seed": torch.int64,
+}
+
+
 @dataclass(frozen=True)
 class Knobs:
-    """The knobs of `draw` for R rows, each a tensor [R] that stays where it is."""
+    """The knobs of `draw` for R rows, each a tensor [R], contiguous, that stays where it is.
 
-    temperature: Tensor  # float32, and so are the penalties
+    Raises: TypeError, ValueError for another dtype, shape or device.
+    """
+
+    temperature: Tensor  # float32
     min_p: Tensor
     top_k: Tensor  # int32
     top_p: Tensor  # float64
     seed: Tensor  # int64
 
+    def __post_init__(self) -> None:
+        like = self.temperature
+        for name, dtype in _DTYPES.items():
+            values = getattr(self, name)
+            if values.dtype != dtype:
+                raise TypeError(f"{name}: expected {dtype}, got {values.dtype}")
+            if values.dim() != 1 or values.shape != like.shape or not values.is_contiguous():
+                raise ValueError(f"{name}: expected one for each row, contiguous, got shape {list(values.shape)}")
+            if values.device != like.device:
+                raise ValueError(f"{name}: expected device {like.device}, got {values.device}")
+
     @classmethod
     def new(cls, rows: int, device: torch.device) -> Knobs:
         """Knobs that take the likeliest token."""
-        dtypes = {"top_k": torch.int32, "top_p": torch.float64, "seed": torch.int64}
-        made = {
-            field.name: torch.zeros(rows, dtype=dtypes.get(field.name, torch.float32), device=device)
-            for field in fields(cls)
-        }
+        made = {name: torch.zeros(rows, dtype=dtype, device=device) for name, dtype in _DTYPES.items()}
         made["top_p"].fill_(1.0)
         return cls(**made)
 
@@ -209,8 +228,3 @@ def _mixed(x: Tensor) -> Tensor:
     x = (x ^ _shifted(x, 30)) * (0xBF58476D1CE4E5B9 - (1 << 64))
     x = (x ^ _shifted(x, 27)) * (0x94D049BB133111EB - (1 << 64))
     return x ^ _shifted(x, 31)
-
-
-def which_draw(device: torch.device) -> Callable[..., Tensor]:
-    """What draws on this device."""
-    return draw
