@@ -27,6 +27,16 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...]
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """A step's rows, what each asks for, what any of them does, and the rows on the device."""
+
+    rows: np.ndarray
+    kinds: np.ndarray
+    asked: int
+    where: Tensor
+
+
 class Sampler:
     """R rows, each given to one request after another, in tensors that stay where they are.
 
@@ -42,7 +52,8 @@ class Sampler:
         self._draw = which_draw(device)
         self._penalties: _Penalties | None = None  # these three: made when a request first asks for one
         self._biases: tuple[Tensor, Tensor] | None = None
-        self._masks: Tensor | None = None
+        self._forbidden: Tensor | None = None
+        self._last: _Rows | None = None  # of the last step: the same rows mostly come again
 
     def assign(
         self, row: int, sampling: Sampling, seed: int, tokens: Sequence[int], prompt_length: int, followed: bool
@@ -51,6 +62,7 @@ class Sampler:
 
         followed: whether a grammar gives the row another mask in every step.
         """
+        self._last = None
         knobs, kinds = self._knobs, FOLLOWED if followed else 0
         knobs.temperature[row] = sampling.temperature
         knobs.min_p[row], knobs.top_k[row], knobs.top_p[row] = sampling.min_p, sampling.top_k, sampling.top_p
@@ -75,15 +87,19 @@ class Sampler:
 
     def mask(self, row: int, mask: np.ndarray) -> None:
         """Lets a row draw only the tokens whose bits are set in its mask, int32 [V / 32]."""
-        if self._masks is None:
-            self._masks = torch.full((self._shape[0], len(mask)), -1, dtype=torch.int32, device=self._device)
-        self._masks[row] = torch.from_numpy(mask)
-        self._kinds[row] |= MASKED
+        if self._forbidden is None:
+            size = self._shape[0], self._vocabulary
+            self._forbidden = torch.zeros(size, dtype=torch.bool, device=self._device)
+        allowed = np.unpackbits(mask.view(np.uint8), count=self._vocabulary, bitorder="little")
+        self._forbidden[row] = torch.from_numpy(allowed == 0)
+        if not self._kinds[row] & MASKED:
+            self._last = None
+            self._kinds[row] |= MASKED
 
     def followed(self, rows: np.ndarray) -> list[int]:
         """Those of the rows that have a grammar."""
-        kinds = self._kinds[rows]
-        return rows[(kinds & FOLLOWED) != 0].tolist() if _asked(kinds) & FOLLOWED else []
+        known = self._rows(rows)
+        return rows[(known.kinds & FOLLOWED) != 0].tolist() if known.asked & FOLLOWED else []
 
     def sample(self, logits: Tensor, rows: np.ndarray, positions: np.ndarray) -> list[int]:
         """The next token of each row, -1 where its logits are not finite.
@@ -91,9 +107,8 @@ class Sampler:
         Args:
             logits: [m, V]. rows, positions: int32 [m], of each row's last token.
         """
-        kinds = self._kinds[rows]
-        asked = _asked(kinds)
-        where, at = self._on_device(rows), self._on_device(positions)
+        known, at = self._rows(rows), self._on_device(positions)
+        kinds, asked, where = known.kinds, known.asked, known.where
         if not asked & (CHANGED | SAMPLED) and not isinstance(self._draw, NativeDraw):  # which sees it row by row
             return likeliest(logits).tolist()
         if not asked & CHANGED:
@@ -117,10 +132,10 @@ class Sampler:
 
     def logprobs(self, logits: Tensor, rows: np.ndarray, tokens: Sequence[int]) -> Iterator[tuple[int, TokenLogprobs]]:
         """For each row that asked for them, its index and the log-probabilities of its token; `tokens` as drawn."""
-        kinds = self._kinds[rows]
-        if not _asked(kinds) & LOGPROBS:
+        known = self._rows(rows)
+        if not known.asked & LOGPROBS:
             return
-        which = [i for i in np.flatnonzero(kinds & LOGPROBS).tolist() if tokens[i] >= 0]
+        which = [i for i in np.flatnonzero(known.kinds & LOGPROBS).tolist() if tokens[i] >= 0]
         if not which:
             return
         found = logits[torch.tensor(which, device=self._device)].float().log_softmax(-1)
@@ -129,6 +144,13 @@ class Sampler:
         values, ids = (part.tolist() for part in found.topk(min(max(counts), self._vocabulary)))
         for i, own, count, best, names in zip(which, chosen, counts, values, ids, strict=True):
             yield i, TokenLogprobs(tokens[i], own, tuple(zip(names[:count], best[:count], strict=True)))
+
+    def _rows(self, rows: np.ndarray) -> _Rows:
+        """What is known of a step's rows, an array that nobody writes to again."""
+        if self._last is None or self._last.rows is not rows:
+            kinds = self._kinds[rows]
+            self._last = _Rows(rows, kinds, int(np.bitwise_or.reduce(kinds)), self._on_device(rows))
+        return self._last
 
     # ------------------------------------------------------------ changes of the logits
 
@@ -155,10 +177,8 @@ class Sampler:
         return self._penalties.apply(scores, rows, lengths, longest)
 
     def _masked(self, scores: Tensor, rows: Tensor) -> Tensor:
-        assert self._masks is not None
-        bits = torch.arange(32, dtype=torch.int32, device=self._device)
-        allowed = (self._masks[rows][:, :, None] >> bits) & 1
-        return scores.masked_fill_(allowed.flatten(1)[:, : scores.shape[1]] == 0, float("-inf"))
+        assert self._forbidden is not None
+        return scores.masked_fill_(self._forbidden[rows], float("-inf"))
 
     def _bias(self, row: int, bias: object) -> None:
         if self._biases is None:
@@ -212,11 +232,6 @@ class _Penalties:
         said = torch.where(counts, history, first)
         scores.scatter_add_(1, said, torch.where(counts, -self._frequency[rows], 0.0))
         return scores.scatter_(1, said, scores.gather(1, said) - torch.where(answered, self._presence[rows], 0.0))
-
-
-def _asked(kinds: np.ndarray) -> int:
-    """All that one of the rows asks for."""
-    return int(np.bitwise_or.reduce(kinds))
 
 
 def mask_of(tokens: Sequence[int], vocabulary: int) -> np.ndarray:
