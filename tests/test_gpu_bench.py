@@ -16,7 +16,7 @@ from bench.gpu_report import figures, markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Takes every command of the round, and runs the report's with the interpreter that is named in REAL.
+# Takes every command of the round but cmake's, and runs the report's with the interpreter that is named in REAL.
 STRAW = """#!/bin/bash
 case "$*" in
   *get_device_name*) echo Straw-1 ;;
@@ -55,7 +55,8 @@ FOUND: dict[str, Any] = {
 def round_on_a_gpu(folder: Path, nvcc: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
     tools = folder / "tools"
     tools.mkdir()
-    for name, text in (("nvcc", "#!/bin/sh\necho Build straw\n"), ("straw", STRAW))[not nvcc :]:
+    nothing = "#!/bin/sh\n"
+    for name, text in (("nvcc", f"{nothing}echo Build straw\n"), ("cmake", nothing), ("straw", STRAW))[not nvcc :]:
         (tools / name).write_text(text)
         (tools / name).chmod(0o755)
     path = f"{tools}:/usr/bin:/bin"
