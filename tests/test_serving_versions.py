@@ -209,7 +209,8 @@ def test_completions_and_choices_carry_how_they_were_made(served: Served) -> Non
     name = served.user_of(served.two, but=served.user_of(served.two))
     served.post("/v1/users", {"name": name, "choices": CHOICES[:2]})
     asked = {"user": name, "temperature": 0.7, "top_p": 0.9, "messages": [{"role": "user", "content": "w33 w34"}]}
-    mine, other = served.ask(**asked), served.ask(**asked, model="tiny@one", seed=3)
+    mine = next(answer for _ in range(100) if text_of(answer := served.ask(**asked)))  # some end at once
+    other = served.ask(**asked, model="tiny@one", seed=3)
     base = served.ask(user=name, model="tiny:base", messages=asked["messages"])
     assert mine["steering"]["version"] == "two" and mine["steering"]["latent"] == 1
     assert mine["steering"]["sampling"].keys() >= {"temperature", "top_p", "seed"}
