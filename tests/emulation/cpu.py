@@ -14,7 +14,7 @@ from pathlib import Path
 from emulation.build import CACHE, HERE, ROOT, SANITIZERS, run
 
 SOURCES = ROOT / "csrc"
-OPS = ("attention", "context", "film", "linear", "lora")
+OPS = ("attention", "context", "film", "linear", "lora", "sample")
 MODELLED = ("attention", "film", "linear")
 FLAGS = [
     "-std=c++17", "-g1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno",
@@ -24,7 +24,7 @@ FLAGS = [
 DISPATCH = ["-DFSSA_AVX512_BF16", "-Dhas_avx512()=true", "-D__builtin_cpu_supports(name)=true"]
 OTHERS = "".join(
     f"void {name}(const fssa_{name}_args &a) {{ scalar::{name}(a); }}\n"
-    for name in ("lora", "lora_backward", "context", "context_rows", "context_backward")
+    for name in ("lora", "lora_backward", "context", "context_rows", "context_backward", "sample")
 )
 STAND_INS = f"""#include "cpu/ops.h"
 FSSA_DECLARE_OPS(scalar)
