@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -33,6 +36,18 @@ def backends() -> list[str]:
 def one_of_each() -> list[str]:
     """The definitions and the backends, each once: for what does not depend on the instruction set."""
     return ["reference", *cpu_backends()[-1:], *(name for name in backends() if not name.startswith("cpu"))]
+
+
+def planted(folder: Path, source: Path, old: str, new: str) -> ModuleType:
+    """A module like the one in `source`, with `old` replaced; its text is kept in the folder."""
+    text = source.read_text()
+    assert old in text
+    (folder / "planted.py").write_text(text.replace(old, new))
+    spec = importlib.util.spec_from_file_location("planted", folder / "planted.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @contextmanager

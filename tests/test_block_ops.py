@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import columns, dtypes, normal, some_slots, unwritten_is_nan
+from cases import columns, dtypes, normal, planted, some_slots, unwritten_is_nan
 from tiny import VOCABULARY, make_choices, make_ids, make_model, make_policy, shake
 from tolerances import check_parity
 from torch import Tensor
@@ -300,12 +299,8 @@ ATTENTION_FAULTS = {
 @pytest.mark.parametrize("fault", ATTENTION_FAULTS)
 def test_a_fault_in_the_attention_is_caught(fault, monkeypatch, tmp_path):
     old, new = ATTENTION_FAULTS[fault]
-    text = Path(block.__file__).read_text()
-    assert text.count(old) == 1
-    (tmp_path / "planted.py").write_text(text.replace(old, new))
-    spec = importlib.util.spec_from_file_location("planted", tmp_path / "planted.py")
-    planted = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(planted)
+    assert Path(block.__file__).read_text().count(old) == 1
+    faulty = planted(tmp_path, Path(block.__file__), old, new)
     monkeypatch.setattr(configs, "attend_tile", lambda *_: configs.AttendTile(16, 32, 64, 4, 1))
     monkeypatch.setattr(configs, "attend_parts", lambda *_: 2)
     calls = [
@@ -313,7 +308,7 @@ def test_a_fault_in_the_attention_is_caught(fault, monkeypatch, tmp_path):
     ]
     for call in calls:
         check(*call)
-    monkeypatch.setattr(block, "attend_", planted.attend_)
+    monkeypatch.setattr(block, "attend_", faulty.attend_)
     with unwritten_is_nan(), pytest.raises(AssertionError):
         for call in calls:
             check(*call)

@@ -6,7 +6,6 @@ what the kernels alone promise. FSSA_PROOF=1 adds sizes.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from cases import (
     film_norm_args,
     lora_args,
     normal,
+    planted,
     some_slots,
     unwritten_is_nan,
 )
@@ -375,15 +375,10 @@ FAULTS = {
 
 def plant(monkeypatch: pytest.MonkeyPatch, folder: Path, name: str, old: str, new: str) -> Any:
     """The kernels' module of that name with `old` replaced; where context uses parts of it, it uses these."""
-    text = Path(configs.__file__).with_name(f"{name}.py").read_text()
-    assert old in text
-    (folder / "planted.py").write_text(text.replace(old, new))
-    spec = importlib.util.spec_from_file_location("planted", folder / "planted.py")
-    planted = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(planted)
-    for part in {"pool_few", "take_turn"} & planted.__dict__.keys():
-        monkeypatch.setattr(context, part, getattr(planted, part))
-    return planted
+    faulty = planted(folder, Path(configs.__file__).with_name(f"{name}.py"), old, new)
+    for part in {"pool_few", "take_turn"} & faulty.__dict__.keys():
+        monkeypatch.setattr(context, part, getattr(faulty, part))
+    return faulty
 
 
 @pytest.mark.proof
@@ -400,9 +395,9 @@ def test_a_planted_fault_is_caught(tmp_path, monkeypatch, fault):
         "context_backward": lambda: (normal(len(long[2]) - 1, CONTEXTS["long"][-1]), *long),
     }[op]()
     check(op, *args)
-    planted = plant(monkeypatch, tmp_path, name, old, new)
+    faulty = plant(monkeypatch, tmp_path, name, old, new)
     with unwritten_is_nan(), pytest.raises(AssertionError, match="allowed"):
-        check_parity(getattr(planted, op, context.context)(*here(args)), DEFINITIONS[op], here(args))
+        check_parity(getattr(faulty, op, context.context)(*here(args)), DEFINITIONS[op], here(args))
 
 
 # ---------------------------------------------------------------- programs that wait for each other
